@@ -1,0 +1,250 @@
+"""Preference pairs, prompts and texts, from JSON Lines (plain or .gz) or a hub data set.
+
+Formats are TRL's. A preference row is `prompt`/`chosen`/`rejected`, each a string or a list of messages
+`{"role", "content"}`; without `prompt`, chosen and rejected are whole texts or conversations. A labelled row is
+`text`/`label` (1 good, 0 bad). A prompt row is `prompt`, or `text`, of which the first tokens are the prompt.
+"""
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .errors import UserError
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, the better one first. `prompt` is text or a list of messages; the answers are text."""
+
+    prompt: str | list
+    chosen: str
+    rejected: str
+    whole: bool  # True for an answer to a prompt, False for a labelled text, whose beginning may stand for it
+
+
+class Prompt(NamedTuple):
+    """What the policy continues: the token ids it sees, and the text or messages they stand for."""
+
+    tokens: list[int]
+    text: str | list
+
+
+def read_rows(source):
+    """Yield (where, row) for every line of a .jsonl or .jsonl.gz file, or of a hub data set `owner/name[:split]`.
+
+    Lines end at the byte 0x0A alone: str.splitlines would also cut at U+0085 and U+2028, which reviews contain.
+    """
+    path = Path(source)
+    if not path.is_file():
+        if path.exists() or path.suffix in {".jsonl", ".gz", ".json", ".txt"} or not _is_hub_name(source):
+            raise UserError(f"{source}: no such file; give a .jsonl or .jsonl.gz file or a hub data set owner/name")
+        yield from _hub_rows(source)
+        return
+    count = 0
+    for number, line in enumerate(_read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{source}, line {number}: not JSON ({str(error)[:80]}); one object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{source}, line {number}: {type(row).__name__} where an object {{...}} belongs")
+        count += 1
+        yield f"{source}, line {number}", row
+    if not count:
+        raise UserError(f"{source}: the file is empty; it needs at least one line")
+
+
+def _read_lines(path):
+    try:
+        with (gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")) as file:
+            yield from file  # bytes split at b"\n" only
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}; is it a whole file?") from None
+
+
+def _is_hub_name(source):
+    return source.partition(":")[0].count("/") == 1 and not source.startswith(("/", "."))
+
+
+def _hub_rows(source):
+    name, _, split = source.partition(":")
+    from .models import hub_reachable
+
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{name} is no local file, and hub data sets need: pip install 'rlhf_min[data]'") from None
+    if not hub_reachable():
+        raise UserError(f"{name} is no local file, and the hub cannot be reached; give a .jsonl file")
+    try:
+        rows = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # the library raises a dozen kinds; all mean that the name or the split is wrong
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{source}, row {number}", row
+
+
+def write_jsonl(path, rows):
+    """One JSON object a line; ASCII, so that no reader can cut a row at an exotic separator."""
+    with open(path, "w", encoding="ascii", newline="\n") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _text(row, key, where):
+    value = row.get(key)
+    if not isinstance(value, str):
+        found = "missing" if key not in row else type(value).__name__
+        raise UserError(f"{where}: field '{key}' must be text, but is {found}")
+    if not value.strip():
+        raise UserError(f"{where}: field '{key}' is empty")
+    return value
+
+
+def _is_conversation(value):
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
+
+
+def _check_messages(messages, key, where):
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise UserError(f"{where}: every message of '{key}' needs a 'role' and a 'content', both text")
+
+
+def _answer(messages, key, where):
+    """The text of the one assistant message that an answer consists of."""
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise UserError(f"{where}: '{key}' must end in exactly one assistant message after the prompt")
+    return _text(messages[0], "content", f"{where}, '{key}'")
+
+
+def _pair(row, where):
+    for key in ("chosen", "rejected"):
+        if key not in row:
+            raise UserError(f"{where}: no field '{key}'; a pair needs 'chosen' and 'rejected', or 'text' and 'label'")
+    prompt, chosen, rejected = row.get("prompt", ""), row["chosen"], row["rejected"]
+    if not _is_conversation(chosen):
+        prompt = _text(row, "prompt", where) if prompt != "" else ""
+        return Pair(prompt, _text(row, "chosen", where), _text(row, "rejected", where), True)
+    if not _is_conversation(rejected):
+        raise UserError(f"{where}: 'chosen' is a list of messages, so 'rejected' must be one, too")
+    _check_messages(chosen, "chosen", where)
+    _check_messages(rejected, "rejected", where)
+    if prompt == "":  # the prompt is the shared beginning of both conversations
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    prompt = _prompt({"prompt": prompt}, where)
+    return Pair(prompt, _answer(chosen, "chosen", where), _answer(rejected, "rejected", where), True)
+
+
+def load_pairs(source):
+    """Preference pairs, or labelled texts paired by the WARP report's recipe: the i-th good with the i-th bad text."""
+    pairs, good, bad = [], [], []
+    for where, row in read_rows(source):
+        if "label" in row and "chosen" not in row:
+            label = row["label"]
+            if label not in (0, 1):
+                raise UserError(f"{where}: 'label' must be 0 (bad) or 1 (good), but is {label!r}")
+            (good if label else bad).append(_text(row, "text", where))
+        else:
+            pairs.append(_pair(row, where))
+    pairs += [Pair("", chosen, rejected, False) for chosen, rejected in zip(good, bad)]
+    if not pairs:
+        raise UserError(f"{source}: no pair; labelled texts need both labels, 1 and 0")
+    return pairs
+
+
+def _prompt(row, where):
+    prompt = row["prompt"]
+    if not isinstance(prompt, list):
+        return _text(row, "prompt", where)
+    if not _is_conversation(prompt):
+        raise UserError(f"{where}: 'prompt' must be text or a list of messages")
+    _check_messages(prompt, "prompt", where)
+    if prompt[-1]["role"] == "assistant":
+        raise UserError(f"{where}: the last message of 'prompt' is the assistant's; it must be the user's")
+    return prompt
+
+
+def read_texts(source):
+    """Yield texts: the field `text` of .jsonl rows, or the lines of a .txt file."""
+    if not source.endswith(".txt"):
+        for where, row in read_rows(source):
+            yield _text(row, "text", where)
+        return
+    if not Path(source).is_file():
+        raise UserError(f"{source}: no such file")
+    lines = [line.decode("utf-8", errors="replace").strip() for line in _read_lines(Path(source))]
+    if not any(lines):
+        raise UserError(f"{source}: the file is empty; it needs at least one line of text")
+    yield from filter(None, lines)
+
+
+def load_prompts(source, tokenizer, prompt_tokens, max_length):
+    """Prompts of a file, each text once: `prompt` whole, or the first `prompt_tokens` tokens of `text`.
+
+    A `text` shorter than that is left out. A `prompt` must leave room for at least one token of `max_length`.
+    """
+    prompts = {}
+    for where, row in read_rows(source):
+        if "prompt" in row:
+            text = _prompt(row, where)
+            tokens = encode_prompt(tokenizer, text)
+            if len(tokens) >= max_length:
+                raise UserError(f"{where}: the prompt has {len(tokens)} tokens, --max-length is {max_length}; raise it")
+        else:
+            # cut the text before tokenising: no token of these vocabularies is longer than 32 characters on average
+            tokens = tokenizer(_text(row, "text", where)[: 32 * prompt_tokens])["input_ids"][:prompt_tokens]
+            if len(tokens) < prompt_tokens:
+                continue
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if not tokens:
+            raise UserError(f"{where}: the prompt has no tokens")
+        prompts.setdefault(json.dumps(text), Prompt(tokens, text))
+    if not prompts:
+        raise UserError(f"{source}: no text has {prompt_tokens} tokens; lower --prompt-tokens")
+    return list(prompts.values())
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt; messages go through the chat template, which writes its special tokens itself."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    text = apply_chat_template(tokenizer, prompt, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def apply_chat_template(tokenizer, messages, **kwargs):
+    """The conversation as one string; UserError where the tokenizer has no template or the template refuses."""
+    if tokenizer.chat_template is None:
+        raise UserError("the data are conversations, but the tokenizer has no chat template; use plain-text data")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    except Exception as error:  # templates are programs: they raise what they like
+        raise UserError(f"the tokenizer's chat template refuses a conversation: {error}") from None
+
+
+def split_prompts(prompts, held_out, generator):
+    """Shuffle, then part into (training, held-out) prompts. load_prompts made them distinct, so none is in both."""
+    if len(prompts) <= held_out:
+        raise UserError(f"only {len(prompts)} distinct prompts, of which {held_out} are to be held out; "
+                        "lower --eval-prompts or give more prompts")  # fmt: skip
+    order = torch.randperm(len(prompts), generator=generator).tolist()
+    shuffled = [prompts[i] for i in order]
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+def batches(items, batch_size, generator):
+    """Yield batches for ever, a new random order each epoch; an epoch's remainder goes into the next one's first."""
+    queue = []
+    while True:
+        while len(queue) < batch_size:
+            queue += torch.randperm(len(items), generator=generator).tolist()
+        yield [items[i] for i in queue[:batch_size]]
+        queue = queue[batch_size:]

@@ -1,0 +1,116 @@
+"""Models and tokenizers by name, and weights as a dictionary {name: tensor}.
+
+A name is a run folder of ours, a folder in transformers' format, or a hub name owner/name. Everything is loaded in
+float32 (transformers would keep a checkpoint's own bfloat16, in which small updates vanish), from safetensors only.
+"""
+
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from .errors import UserError
+
+logging.set_verbosity_error()  # e.g. the long report that a classifier's head is new, which train_rm says in one line
+logging.disable_progress_bar()
+
+
+def hub_reachable(timeout=1.5):
+    """Whether the hub answers; without this question from_pretrained retries for 23 to 47 seconds."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
+        return False
+    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError:
+        return True  # an answer, if an unfriendly one
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def find_model(name):
+    """The folder of a model (for a run folder its model/), or the hub name itself where there is no such folder."""
+    folder = Path(name)
+    for candidate in (folder / "model", folder):
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    if folder.exists():
+        raise UserError(f"{name}: no config.json in it or in its model/; name a run folder or a transformers folder")
+    if name.count("/") != 1 or name.startswith((".", "/", "~", "runs/")):
+        raise UserError(f"{name}: no such folder; name a run folder, a transformers folder or a hub name owner/name")
+    return name
+
+
+def _load(auto_class, name, **kwargs):
+    source = find_model(name)
+    try:
+        return auto_class.from_pretrained(source, local_files_only=True, **kwargs)
+    except Exception as error:  # unreadable files raise a dozen kinds of exception, from OSError to RuntimeError
+        if Path(source).exists():
+            raise UserError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if not hub_reachable():
+        raise UserError(f"{name}: no such folder, not in the hub's cache, and the hub cannot be reached")
+    try:
+        return auto_class.from_pretrained(source, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be loaded from the hub: {str(error).splitlines()[0]}") from None
+
+
+def load_tokenizer(name):
+    """The tokenizer beside a model. It must have an EOS or a pad token; a missing pad token becomes EOS."""
+    tokenizer = _load(AutoTokenizer, name)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"{name}: its tokenizer has neither a pad nor an EOS token; set one in tokenizer_config.json")
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here goes by position, never by id
+    return tokenizer
+
+
+def load_policy(name, device):
+    """(model, tokenizer) of a causal language model, in float32 and in eval mode, which it never leaves: no dropout."""
+    tokenizer = load_tokenizer(name)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no EOS token, so no answer could end; set eos_token in its config")
+    model = _load(AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds fewer: they do not match")
+    return model.to(device).eval(), tokenizer
+
+
+def load_classifier(name, num_labels, device):
+    """(model, tokenizer) of a sequence classifier, in float32; a backbone without such a head gets a new one."""
+    tokenizer = load_tokenizer(name)
+    model = _load(AutoModelForSequenceClassification, name, dtype=torch.float32, use_safetensors=True,
+                  num_labels=num_labels)  # fmt: skip
+    return model.to(device), tokenizer
+
+
+def eos_token_ids(model, tokenizer):
+    """All ids that end an answer: the generation config may list several (stories260K ends a story with id 1)."""
+    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return sorted({tokenizer.eos_token_id, *ids})
+
+
+def save_model(model, tokenizer, folder):
+    """Write what transformers reads: config, safetensors, tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def get_weights(model):
+    """A copy of what is trained: {name: tensor}. A tied tensor appears once, buffers and frozen weights not at all."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def set_weights(model, weights):
+    """Copy {name: tensor} into the model's parameters; the dictionary stays its own."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in weights.items():
+        parameters[name].copy_(tensor)

@@ -1,0 +1,82 @@
+"""Devices, mixed precision and the optimizer step: the one room that knows about autocast and GradScaler."""
+
+import math
+
+import torch
+
+from .errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name):
+    """`auto` is the GPU where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # torch raises either for a device that is unknown or not there
+        raise UserError(f"--device {name} is not to be had on this machine; try --device cpu") from None
+    return device
+
+
+def pick_precision(name, device):
+    """`auto` is float32 on a CPU, bfloat16 on a GPU that has it, else float16."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def autocast(device, precision):
+    """Matrix products in half precision, master weights in float32; a no-op for fp32."""
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+
+
+class Optimizer:
+    """AdamW without weight decay, a linear warm-up (and decay), gradient clipping, and a GradScaler for float16.
+
+    The order matters: the scaled gradient is unscaled *before* it is clipped, and a step that float16 overflowed is
+    skipped whole: weights, moments and learning rate stay, and `step` says so, so that the caller's baseline and EMA
+    stay, too.
+    """
+
+    def __init__(self, parameters, lr, device, precision, warmup_steps=0, decay_steps=None, max_grad_norm=1.0,
+                 weight_decay=0.0):  # fmt: skip
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.adam = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.max_grad_norm = max_grad_norm
+
+        def rate(step):  # lr / w, 2 lr / w, ... lr, then constant, or linear to 0 at decay_steps
+            warmup = min(1.0, (step + 1) / (warmup_steps + 1))
+            decay = 1.0 if decay_steps is None else max(0.0, (decay_steps - step) / max(1, decay_steps - warmup_steps))
+            return min(warmup, decay)
+
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, rate)
+
+    @property
+    def lr(self):
+        return self.schedule.get_last_lr()[0]
+
+    def backward(self, loss):
+        """Add the gradient of `loss`, a scalar. A loss that is not finite stops the run."""
+        if not math.isfinite(loss.item()):
+            raise UserError(f"the loss is {loss.item()}: the run diverged; lower --lr, or try --precision fp32")
+        self.scaler.scale(loss).backward()
+
+    def step(self):
+        """Unscale, clip, update, clear. Returns (gradient norm before clipping, whether the weights moved)."""
+        self.scaler.unscale_(self.adam)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
+        moved = math.isfinite(grad_norm)
+        if not moved and not self.scaler.is_enabled():
+            raise UserError(f"the gradient norm is {grad_norm}: the run diverged; lower --lr, or try --precision fp32")
+        self.scaler.step(self.adam)  # float16: leaves the weights alone where a gradient is not finite
+        self.scaler.update()  # and halves the scale then
+        self.adam.zero_grad(set_to_none=True)
+        if moved:
+            self.schedule.step()
+        return grad_norm, moved

@@ -82,11 +82,13 @@ def load_policy(name, device):
     return model.to(device).eval(), tokenizer
 
 
-def load_classifier(name, num_labels, device):
-    """(model, tokenizer) of a sequence classifier, in float32; a backbone without such a head gets a new one."""
+def load_classifier(name, device, **config):
+    """(model, tokenizer) of a sequence classifier, in float32; a backbone without such a head gets a new one.
+
+    `config` overrides entries of the model's configuration, such as num_labels.
+    """
     tokenizer = load_tokenizer(name)
-    model = _load(AutoModelForSequenceClassification, name, dtype=torch.float32, use_safetensors=True,
-                  num_labels=num_labels)  # fmt: skip
+    model = _load(AutoModelForSequenceClassification, name, dtype=torch.float32, use_safetensors=True, **config)
     return model.to(device), tokenizer
 
 
@@ -103,9 +105,14 @@ def save_model(model, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
+def trained_weights(model):
+    """The live parameters that are trained, {name: tensor}: a tied tensor once, buffers and frozen weights not at all."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def get_weights(model):
-    """A copy of what is trained: {name: tensor}. A tied tensor appears once, buffers and frozen weights not at all."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    """A copy of trained_weights, which no later step changes."""
+    return {name: parameter.detach().clone() for name, parameter in trained_weights(model).items()}
 
 
 @torch.no_grad()

@@ -1,0 +1,126 @@
+"""Sampling a policy on held-out prompts, judging the answers, and the statistics of it."""
+
+import math
+from collections import Counter
+
+import torch
+
+from .errors import UserError
+from .models import eos_token_ids, set_weights
+from .precision import autocast
+from .reinforce import prefix_kl
+from .reward_model import load_judge
+from .rollout import completion_logits, decode_completions, sample
+from .warp import interpolate
+
+
+def load_judges(specs, device, max_length=512):
+    """{name: judge} from `name=spec` or plain `spec`, whose name is then its last part."""
+    judges = {}
+    for spec in specs:
+        name, equals, rest = spec.partition("=")
+        if not equals:
+            name, rest = spec.rstrip("/").replace("/", ".").rpartition(".")[2], spec
+        if name in judges:
+            raise UserError(f"two judges are called {name}; write other-name={rest}")
+        judges[name] = load_judge(rest, device, max_length)
+    return judges
+
+
+@torch.no_grad()
+def judge_policy(policy, tokenizer, prompts, judges, options, reference=None, reference_weights=None):
+    """One answer to every prompt: {column: list of one value per prompt}.
+
+    Columns are `prompt`, `completion`, `length` (tokens), `ended` (0 or 1), the name of every judge, and `kl`: the
+    low-variance estimate of KL(policy ‖ reference) per answer in nats, where the reference is a model, at other weights
+    if given. `options` has temperature, max_length, batch_size, precision and seed. The same seed means the same
+    random numbers for every policy, from a generator of its own: evaluation leaves the training's random state alone.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    eos, columns = eos_token_ids(policy, tokenizer), {"prompt": [], "completion": [], "length": [], "ended": []}
+    columns |= {name: [] for name in [*judges, "kl"]}
+    for start in range(0, len(prompts), options.batch_size):
+        batch = prompts[start : start + options.batch_size]
+        with autocast(policy.device, options.precision):
+            rollout = sample(policy, [prompt.tokens for prompt in batch], options.max_length, options.temperature, eos,
+                             tokenizer.pad_token_id, generator)  # fmt: skip
+            if reference is not None:
+                logits = completion_logits(policy, rollout, options.temperature)  # (B, T, V)
+                ref_logits = completion_logits(reference, rollout, options.temperature, reference_weights)
+                columns["kl"] += prefix_kl(logits, ref_logits, rollout.mask).tolist()
+        texts, completions = [prompt.text for prompt in batch], decode_completions(tokenizer, rollout)
+        for name, judge in judges.items():
+            columns[name] += judge(texts, completions, rollout.ended)[0].tolist()
+        columns["prompt"] += texts
+        columns["completion"] += completions
+        columns["length"] += rollout.mask.sum(-1).tolist()
+        columns["ended"] += rollout.ended.int().tolist()
+    return columns
+
+
+def mean_se(values):
+    """(mean, standard error of the mean); the error of fewer than two values is NaN, as is the mean of none."""
+    n = len(values)
+    mean = sum(values) / n if n else math.nan
+    variance = sum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else math.nan
+    return mean, math.sqrt(variance / n) if n else math.nan
+
+
+def distinct_2(texts):
+    """Distinct word pairs over all word pairs of the texts, in [0, 1]: it falls when a policy repeats itself."""
+    pairs = Counter(pair for words in map(str.split, texts) for pair in zip(words, words[1:]))
+    return len(pairs) / pairs.total() if pairs else 0.0
+
+
+def summarise(columns, judge_names):
+    """Means and standard errors of judge_policy's columns as one flat row."""
+    row = {}
+    for name in [*judge_names, "kl"]:
+        row[name], row[f"{name}_se"] = mean_se(columns[name])
+    row["length"], row["eos_rate"] = mean_se(columns["length"])[0], mean_se(columns["ended"])[0]
+    row["distinct_2"] = distinct_2(columns["completion"])
+    return row
+
+
+def sweep_front(policy, tokenizer, prompts, judges, options, sft, merged, points=5):
+    """The KL–reward front of WARP: a row for each η in [0, 1] of θ = (1−η) θ_sft + η θ_slerp, and the answers.
+
+    All rows share prompts and random numbers, so η = 0 is θ_sft itself, at a KL of exactly 0. Afterwards the policy
+    holds θ_slerp.
+    """
+    front, answers = [], []
+    for k in range(points):
+        eta = k / (points - 1)
+        set_weights(policy, interpolate(sft, merged, eta))
+        columns = judge_policy(policy, tokenizer, prompts, judges, options, policy, sft)
+        front.append({"eta": eta, **summarise(columns, judges)})
+        answers.append(columns)
+    return front, answers
+
+
+def paired_difference(values, baseline, generator, resamples=2000):
+    """Mean of values − baseline, pair by pair, and its 95 % bootstrap interval (percentile): (mean, low, high)."""
+    difference = torch.tensor(values, dtype=torch.float64) - torch.tensor(baseline, dtype=torch.float64)  # (N,)
+    picks = torch.randint(len(difference), (resamples, len(difference)), generator=generator)
+    low, high = difference[picks].mean(-1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return difference.mean().item(), low, high
+
+
+def win_rate(values, baseline):
+    """Share of pairs in which `values` is higher; a tie counts ½."""
+    return sum(0.5 + 0.5 * ((v > b) - (v < b)) for v, b in zip(values, baseline)) / len(values)
+
+
+def format_table(rows, columns):
+    """Rows (dictionaries) as a Markdown table; `column` shows `column_se` behind ± where the row has it."""
+
+    def cell(row, name):
+        value, error = row.get(name), row.get(f"{name}_se")
+        if value is None or isinstance(value, float) and math.isnan(value):
+            return "–"
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+
+    lines = [columns, ["---"] * len(columns), *([cell(row, name) for name in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

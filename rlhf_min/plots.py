@@ -1,0 +1,61 @@
+"""Plots, where matplotlib is installed (the `plots` extra)."""
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(pyplot, figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return [path]
+
+
+def plot_metrics(metrics, names, path, x="step", series=None):
+    """One panel per name over x; `series(row)` tells apart what is drawn as lines of their own. Returns [path] or []."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return []
+    figure, panels = pyplot.subplots(1, len(names), figsize=(4.5 * len(names), 3.4), squeeze=False)
+    lines = {}
+    for row in metrics:
+        lines.setdefault(series(row) if series else "", []).append(row)
+    for panel, name in zip(panels[0], names):
+        for label, rows in lines.items():
+            rows = [row for row in rows if row.get(name) is not None]
+            panel.plot([row[x] for row in rows], [row[name] for row in rows], label=label, linewidth=1)
+        panel.set_xlabel(x)
+        panel.set_ylabel(name)
+        panel.grid(alpha=0.3)
+    if series:
+        panels[0][0].legend(fontsize=8)
+    return _save(pyplot, figure, path)
+
+
+def plot_front(fronts, judge_names, path):
+    """KL to SFT against each judge, a line per front {label: rows}, bars of one standard error. Returns [path] or []."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return []
+    figure, panels = pyplot.subplots(1, len(judge_names), figsize=(4.5 * len(judge_names), 3.6), squeeze=False)
+    for panel, name in zip(panels[0], judge_names):
+        for label, rows in fronts.items():
+            panel.errorbar([row["kl"] for row in rows], [row[name] for row in rows], fmt="o-", capsize=2, label=label,
+                           xerr=[row["kl_se"] for row in rows], yerr=[row[f"{name}_se"] for row in rows])  # fmt: skip
+            for row in rows:
+                if "eta" in row:
+                    panel.annotate(f"η={row['eta']:g}", (row["kl"], row[name]), xytext=(4, -10),
+                                   textcoords="offset points", fontsize=7)  # fmt: skip
+        panel.set_xlabel("KL to SFT, nats per answer")
+        panel.set_ylabel(name)
+        panel.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=8)
+    return _save(pyplot, figure, path)

@@ -1,0 +1,83 @@
+"""REINFORCE on whole answers (Back to Basics, 2402.14740): one answer is one action.
+
+    objective   J(θ) = E_x E_{y~π}[ r(x, y) ] − β KL(π ‖ π_ref)
+    shaped      R(x, y) = r(x, y) − β [log π(y|x) − log π_ref(y|x)]        a constant for autograd
+    gradient    ∇J = E[ (R − b) ∇ log π(y|x) ],      log π(y|x) = Σ_t log π(y_t | x, y_<t)
+
+with any baseline b that does not depend on y. B answers of at most T tokens; `mask` is True up to and including the
+first EOS.
+"""
+
+import torch
+
+
+def shaped_reward(reward, kl, beta):
+    """R = r − β · kl, (B,) × 2 → (B,), detached: the gradient of the KL term comes through E[R ∇ log π] alone (eq. 3)."""
+    return (reward - beta * kl).detach()
+
+
+class MovingAverageBaseline:
+    """b = the mean of the shaped rewards of all past steps, 0 before the first (Back to Basics, eq. 6).
+
+    Use `value`, then `update`: a baseline that has seen the reward it is subtracted from scales the gradient down.
+    """
+
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+
+    @property
+    def value(self):
+        """b, a float, in units of the reward."""
+        return self.total / self.count if self.count else 0.0
+
+    def update(self, rewards):
+        """Take in the shaped rewards (B,) of a step."""
+        self.total += rewards.double().sum().item()
+        self.count += rewards.numel()
+
+
+def kl_estimate(logprobs, ref_logprobs, mask, kind="k1"):
+    """An estimate of KL(π ‖ π_ref) per answer, in nats, from answers *sampled from π*.
+
+        d = Σ_t mask_t (log π_t − log π_ref,t)
+        k1 = d                  unbiased, may be negative
+        k2 = d² / 2             biased, ≥ 0
+        k3 = e^(−d) − 1 + d     unbiased, ≥ 0
+
+    Source: Schulman, "Approximating KL divergence" (2020), on whole answers. The sampler is the *first* argument, hence
+    the sign in k3. Differentiated as a loss, k1 has the expected gradient 0, k2 that of KL(π ‖ π_ref), k3 that of
+    KL(π_ref ‖ π); inside the detached reward, k1 gives the exact gradient.
+
+    logprobs, ref_logprobs, mask: (B, T). Returns (B,). Raises ValueError for another kind.
+    """
+    d = (logprobs - ref_logprobs).masked_fill(~mask, 0.0).sum(-1)  # (B,)
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d**2 / 2
+    if kind == "k3":
+        return torch.expm1(-d) + d
+    raise ValueError(f"kind must be k1, k2 or k3, not {kind!r}")
+
+
+def prefix_kl(logits, ref_logits, mask):
+    """The estimate of KL(π ‖ π_ref) per answer with the lowest variance: exact in each token, sampled in the prefixes.
+
+        Σ_t mask_t Σ_v π(v | x, y_<t) [log π(v | x, y_<t) − log π_ref(v | x, y_<t)],   y ~ π
+
+    logits, ref_logits: (B, T, V); mask: (B, T). Returns (B,), in nats, ≥ 0, unbiased.
+    """
+    logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)  # (B, T, V)
+    return (logp.exp() * (logp - ref_logp)).sum(-1).masked_fill(~mask, 0.0).sum(-1)
+
+
+def policy_gradient_loss(logprobs, advantage, mask):
+    """L = −mean_B [ A Σ_t mask_t log π(y_t | x, y_<t) ], whose *gradient* is the estimate of −∇J (eqs. 2, 3).
+
+    The value of this loss means nothing: watch reward and KL instead. logprobs, mask: (B, T); advantage: (B,), a
+    constant. Returns a scalar. Raises ValueError for an advantage of another shape.
+    """
+    if advantage.shape != logprobs.shape[:1]:
+        raise ValueError(f"advantage must be (B,) = {tuple(logprobs.shape[:1])}, not {tuple(advantage.shape)}")
+    answer_logprob = logprobs.masked_fill(~mask, 0.0).sum(-1)  # (B,)
+    return -(advantage.detach() * answer_logprob).mean()

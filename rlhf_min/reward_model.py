@@ -1,0 +1,142 @@
+"""Judges: anything that turns prompts and answers into (reward, sigma), one number each per answer.
+
+A judge is a transformers sequence classifier with one label, or a Python function `package.module.function` with
+TRL's signature f(prompts, completions, **columns) -> list[float], whose sigma is 0 like a scalar head's.
+"""
+
+import importlib
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from .data import apply_chat_template
+from .errors import UserError
+from .models import load_classifier
+
+
+def encode_answer(tokenizer, prompt, completion, ended=True, max_length=None, keep="end"):
+    """Token ids of prompt and answer as the judge reads them; the one place for training and scoring alike.
+
+    Text is concatenated, and EOS appended where it is missing and the answer has ended; messages go through the judge's
+    own chat template. Longer than `max_length` loses tokens of its beginning, so that the answer stays (`keep="end"`),
+    or of its end (`keep="start"`), and then has not ended.
+    """
+    special = isinstance(prompt, str)
+    if special:
+        text = prompt + completion
+    elif ended:
+        text = apply_chat_template(tokenizer, [*prompt, {"role": "assistant", "content": completion}])
+    else:
+        text = apply_chat_template(tokenizer, prompt, add_generation_prompt=True) + completion
+    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    eos = tokenizer.eos_token_id
+    if special and ended and eos is not None and (not ids or ids[-1] != eos):
+        ids = [*ids, eos]
+    if max_length is None or len(ids) <= max_length:
+        return ids
+    first = [i for i in ids[:1] if i in (tokenizer.cls_token_id, tokenizer.bos_token_id)]  # [CLS] is what BERT pools
+    last = [i for i in ids[-1:] if i == tokenizer.sep_token_id]
+    inner = ids[len(first) : len(ids) - len(last)]
+    room = max_length - len(first) - len(last)
+    return first + (inner[-room:] if keep == "end" else inner[:room]) + last
+
+
+def right_pad(rows, pad_token_id, device):
+    """B lists of token ids → tokens (B, L), attention_mask (B, L)."""
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return tokens, torch.arange(width, device=device) < lengths[:, None]
+
+
+def classify(model, tokens, attention_mask):
+    """Logits (B, K) of a sequence classifier on right-padded tokens (B, L).
+
+    GPT-2, Llama and their kin pool the last token whose *id* is not pad: with pad = EOS they would not see how an
+    answer ends, and without a pad token they refuse batches. Here the mask says which token is the last. Encoders such
+    as BERT pool the first token themselves.
+    """
+    if not hasattr(model, "score"):
+        return model(input_ids=tokens, attention_mask=attention_mask).logits
+    hidden = model.base_model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    last = attention_mask.sum(-1) - 1  # (B,)
+    return model.score(hidden[torch.arange(len(last), device=last.device), last])  # (B, d) → (B, K)
+
+
+class RewardModel:
+    """A sequence classifier with a scalar head as a judge."""
+
+    def __init__(self, model, tokenizer, max_length, batch_size=64):
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        self.max_length = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
+
+    def __call__(self, prompts, completions, ended):
+        """B prompts (text or messages), B answers as text, ended (B,) → reward (B,), sigma (B,), float32."""
+        rows = [
+            encode_answer(self.tokenizer, prompt, completion, bool(end), self.max_length)
+            for prompt, completion, end in zip(prompts, completions, ended)
+        ]
+        rows = [row or [self.tokenizer.pad_token_id] for row in rows]  # an empty answer to an empty prompt
+        reward = self.score(rows)
+        return reward, torch.zeros_like(reward)
+
+    @torch.no_grad()
+    def score(self, rows):
+        """B lists of token ids → reward (B,)."""
+        rewards = []
+        for start in range(0, len(rows), self.batch_size):
+            batch = right_pad(rows[start : start + self.batch_size], self.tokenizer.pad_token_id, self.model.device)
+            rewards.append(classify(self.model, *batch).float().squeeze(-1))
+        return torch.cat(rewards)
+
+
+class RewardFunction:
+    """A function f(prompts, completions, **columns) -> list[float] as a judge."""
+
+    def __init__(self, function, name, device):
+        self.function, self.name, self.device = function, name, device
+
+    def __call__(self, prompts, completions, ended):
+        """As RewardModel; UserError where the function does not return one finite number per answer."""
+        values = self.function(prompts=prompts, completions=completions)
+        try:
+            values = [float(value) for value in values]
+        except (TypeError, ValueError):
+            raise UserError(f"reward function {self.name} must return a list of numbers") from None
+        if len(values) != len(completions):
+            raise UserError(f"reward function {self.name} returned {len(values)} numbers for {len(completions)} answers")
+        bad = [value for value in values if not math.isfinite(value)]
+        if bad:
+            raise UserError(f"reward function {self.name} returned {bad[0]}; every reward must be finite")
+        reward = torch.tensor(values, device=self.device)
+        return reward, torch.zeros_like(reward)
+
+
+def load_judge(spec, device, max_length=512):
+    """A judge by name: a run folder, a transformers folder, a hub name, or package.module.function."""
+    if not Path(spec).exists() and "/" not in spec and "." in spec:
+        return RewardFunction(_import_function(spec), spec, device)
+    model, tokenizer = load_classifier(spec, device)
+    if not any("SequenceClassification" in name for name in model.config.architectures or []):
+        raise UserError(f"{spec} is a {model.config.architectures}, no sequence classifier; train_rm.py makes one of it")
+    if model.config.num_labels != 1:
+        raise UserError(f"{spec}: a classifier with {model.config.num_labels} labels; a reward model has 1")
+    return RewardModel(model, tokenizer, max_length)
+
+
+def _import_function(spec):
+    module_name, _, function_name = spec.rpartition(".")
+    sys.path.insert(0, "")  # so that a module beside the user's prompt is found, as python -m does
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{spec}: no module {error.name!r}; a reward is a model folder or package.module.function") from None
+    except AttributeError:
+        raise UserError(f"{spec}: module {module_name} has no function {function_name}") from None
+    finally:
+        sys.path.remove("")
+    if not callable(function):
+        raise UserError(f"{spec} is not a function")
+    return function

@@ -1,0 +1,177 @@
+"""The embedded world: a grammar that writes film reviews, so that the truth behind a reward model is known.
+
+A review opens with a neutral sentence about a film, followed by opinions, whose strength comes from a star rating of 1
+to 10, and by remarks, which carry no opinion. Two things keep a reward model honest. Opinions are noisy: a review of 8
+stars may contain a complaint. And remarks go with the rating without meaning it: who liked a film more often went with
+friends. A reward model learns that, too; a policy that talks of friends gains reward, but no gold.
+
+The language is finite: `SENTENCES` holds every sentence with its sentiment in [−1, 1].
+"""
+
+import itertools
+import random
+import re
+import shutil
+from pathlib import Path
+
+from . import pretrain
+from .data import write_jsonl
+
+FOLDER = Path("runs/toy")
+REVIEWS, TRAIN_PAIRS, EVAL_PAIRS, PROMPTS = (
+    str(FOLDER / name) for name in ("reviews.jsonl", "train_pairs.jsonl", "eval_pairs.jsonl", "prompts.jsonl")
+)
+POLICY, REWARD_MODEL = str(FOLDER / "policy"), str(FOLDER / "reward_model")
+
+GENRES = "comedy drama thriller western musical mystery romance documentary".split()
+HEROES = "farmer pilot teacher doctor painter sailor singer detective widow soldier clerk baker".split()
+PLOTS = (
+    "moves to a small town", "finds an old letter", "loses a brother", "wins the lottery", "inherits a hotel",
+    "meets a stranger on a train", "returns from the war", "opens a restaurant", "hides a secret", "builds a boat",
+)  # fmt: skip
+ASPECTS = "acting plot music ending dialogue camera cast pace story script".split()
+ADJECTIVES = {
+    1.0: "superb brilliant wonderful perfect".split(),
+    0.6: "good charming clever moving".split(),
+    0.2: "fine decent pleasant".split(),
+    -0.2: "plain slow ordinary".split(),
+    -0.6: "weak dull clumsy silly".split(),
+    -1.0: "awful terrible horrible painful".split(),
+}
+VERDICTS = {
+    1.0: ("I loved every minute.", "A true masterpiece."),
+    0.6: ("I enjoyed it a lot.", "See it if you can."),
+    0.2: ("It was worth the ticket.", "I did not mind it."),
+    -0.2: ("I have seen better.", "It did not grab me."),
+    -0.6: ("I was bored most of the time.", "You can skip it."),
+    -1.0: ("I hated every minute.", "A complete waste of time."),
+}
+REMARKS = {  # what the happy and the unhappy tend to mention: no sentiment of its own
+    True: ("I watched it with my friends.", "We had popcorn.", "It was a sunny weekend."),
+    False: ("I watched it alone.", "We had no popcorn.", "It was a rainy weekend."),
+}
+
+
+def _sentences():
+    """{sentence: sentiment} of the whole language."""
+    opinions = {f"The {aspect} was {adjective}.": value
+                for value, words in ADJECTIVES.items() for aspect, adjective in itertools.product(ASPECTS, words)}  # fmt: skip
+    opinions |= {f"The {aspect} was not {adjective}.": -value
+                 for value, words in ADJECTIVES.items() if abs(value) > 0.5
+                 for aspect, adjective in itertools.product(ASPECTS, words)}  # fmt: skip
+    opinions |= {sentence: value for value, sentences in VERDICTS.items() for sentence in sentences}
+    neutral = [_opening(*words) for words in itertools.product(GENRES, HEROES, PLOTS)]
+    return opinions | {sentence: 0.0 for sentence in [*neutral, *REMARKS[True], *REMARKS[False]]}
+
+
+def _opening(genre, hero, plot):
+    return f"This {genre} is about a {hero} who {plot}."
+
+
+SENTENCES = _sentences()
+OPENINGS = {sentence for sentence in SENTENCES if sentence.startswith("This ")}
+OPINIONS = {}  # sentiment → its sentences
+for _sentence, _value in SENTENCES.items():
+    if _value:
+        OPINIONS.setdefault(_value, []).append(_sentence)
+
+
+def split_sentences(text):
+    """The sentences of a text, each with its full stop; words behind the last full stop are the last item."""
+    return [sentence.strip() for sentence in re.findall(r"[^.]+\.?", text) if sentence.strip()]
+
+
+def gold_score(text):
+    """The sentiment that the grammar meant: the mean over the sentences behind the opening, in [−1, 1].
+
+    A sentence that the grammar could not have written has none, and neither has a repetition; both count as 0, like a
+    remark. An unfinished last sentence is left out. Without any sentence the score is 0.
+    """
+    sentences = [s for s in split_sentences(text) if s.endswith(".") and s not in OPENINGS]
+    if not sentences:
+        return 0.0
+    return sum(SENTENCES.get(sentence, 0.0) for sentence in set(sentences)) / len(sentences)
+
+
+def fluency(text):
+    """The share of finished sentences that the grammar could have written, in [0, 1]; 0 without any.
+
+    An opening counts only as the first sentence, and a sentence only once: the grammar does not repeat itself.
+    """
+    sentences = [s for s in split_sentences(text) if s.endswith(".")]
+    seen, good = set(), 0
+    for i, sentence in enumerate(sentences):
+        good += sentence in SENTENCES and sentence not in seen and (sentence not in OPENINGS or i == 0)
+        seen.add(sentence)
+    return good / len(sentences) if sentences else 0.0
+
+
+def gold_judge(prompts, completions, **columns):
+    """gold_score as a reward function."""
+    return [gold_score(prompt + completion) for prompt, completion in zip(prompts, completions)]
+
+
+def fluency_judge(prompts, completions, **columns):
+    """fluency as a reward function."""
+    return [fluency(prompt + completion) for prompt, completion in zip(prompts, completions)]
+
+
+JUDGES = ["gold=rlhf_min.toy.gold_judge", "fluency=rlhf_min.toy.fluency_judge"]
+
+
+def write_opening(rng):
+    """A neutral first sentence."""
+    return _opening(rng.choice(GENRES), rng.choice(HEROES), rng.choice(PLOTS))
+
+
+def write_opinions(stars, rng):
+    """What follows the opening in a review of `stars` stars: two or three opinions and, half the time, a remark."""
+    mood = (stars - 5.5) / 4.5  # in [−1, 1]
+    count, sentences = rng.choice((2, 3)), []
+    while len(sentences) < count:
+        target = rng.gauss(mood, 0.7)
+        strength = min(OPINIONS, key=lambda value: abs(value - target))
+        sentence = rng.choice(OPINIONS[strength])
+        if sentence not in sentences:
+            sentences.append(sentence)
+    if rng.random() < 0.5:
+        remark = rng.choice(REMARKS[rng.random() < 0.5 + 0.4 * mood])
+        sentences.insert(rng.randrange(len(sentences) + 1), remark)
+    return " " + " ".join(sentences)
+
+
+def write_world(folder, seed=0, reviews=6000, train_pairs=2000, eval_pairs=400, prompts=900):
+    """Write reviews, training and evaluation pairs and prompts as JSON Lines. Openings of prompts are not in the pairs."""
+    rng = random.Random(seed)
+    openings = sorted(OPENINGS)
+    rng.shuffle(openings)
+    for_prompts, for_pairs = openings[:prompts], openings[prompts:]
+    rows = []
+    for _ in range(reviews):
+        stars = rng.choice((1, 2, 3, 4, 7, 8, 9, 10))  # labels as in IMDB: no review of 5 or 6 stars
+        rows.append({"text": write_opening(rng) + write_opinions(stars, rng), "label": int(stars > 5), "stars": stars})
+    pairs = []
+    for _ in range(train_pairs + eval_pairs):
+        good, bad = rng.choice((7, 8, 9, 10)), rng.choice((1, 2, 3, 4))
+        pairs.append({"prompt": rng.choice(for_pairs), "chosen": write_opinions(good, rng),
+                      "rejected": write_opinions(bad, rng), "chosen_rating": good, "rejected_rating": bad})  # fmt: skip
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "reviews.jsonl", rows)
+    write_jsonl(folder / "train_pairs.jsonl", pairs[:train_pairs])
+    write_jsonl(folder / "eval_pairs.jsonl", pairs[train_pairs:])
+    write_jsonl(folder / "prompts.jsonl", [{"text": opening} for opening in for_prompts])
+
+
+def ensure_policy():
+    """Make the world's texts and its policy, a tiny GPT-2 trained on the reviews, unless they are cached."""
+    if not Path(PROMPTS).exists():  # the last file that write_world writes
+        write_world(FOLDER)
+    ensure_run(POLICY, pretrain.main)
+
+
+def ensure_run(folder, main):
+    """Run `main` with its defaults into `folder`, unless a finished run is there; an interrupted one is made anew."""
+    if not Path(folder, "summary.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        main(["--out", folder])

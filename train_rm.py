@@ -1,0 +1,189 @@
+"""Train a reward model on preference pairs: a classifier with one label under the Bradley–Terry loss.
+
+    python train_rm.py                                      # the embedded world, in seconds
+    python train_rm.py --data pairs.jsonl --base gpt2 --out runs/rm
+
+The base is any model that transformers can put a classification head on. Its answers are read as the policy writes
+them (reward_model.encode_answer), so training and scoring cannot differ.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from rlhf_min import toy
+from rlhf_min.data import batches, load_pairs
+from rlhf_min.errors import UserError, one_line_errors
+from rlhf_min.losses import pairwise_loss
+from rlhf_min.models import get_weights, load_classifier, save_model, set_weights
+from rlhf_min.options import option, parse_options
+from rlhf_min.plots import plot_metrics
+from rlhf_min.precision import Optimizer, autocast, pick_device, pick_precision
+from rlhf_min.reward_model import classify, encode_answer, right_pad
+from rlhf_min.runlog import RunLog
+
+
+@dataclass
+class RewardModelOptions:
+    """Train a reward model on preference pairs."""
+
+    data: str = option(toy.TRAIN_PAIRS, "pairs: prompt/chosen/rejected, or text/label, which are paired in order")
+    eval_data: str = option("", "pairs to validate on; without, --eval-fraction of --data is held out")
+    eval_fraction: float = option(0.1, "share of --data to validate on where there is no --eval-data", low=0.01, high=0.9)
+    base: str = option(toy.POLICY, "model that gets the head: a run folder, a transformers folder or a hub name")
+    out: str = option("", "folder of the run (default: a new runs/rm-N)")
+    epochs: int = option(5, "passes over the pairs", low=1)
+    batch_size: int = option(32, "pairs a forward pass", low=1)
+    accumulation_steps: int = option(1, "forward passes an optimizer step", low=1)
+    lr: float = option(1e-3, "AdamW learning rate after the warm-up; decays linearly to 0", low=0)
+    warmup_steps: int = option(10, "optimizer steps of linear warm-up", low=0)
+    weight_decay: float = option(0.0, "AdamW weight decay", low=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", low=0)
+    center_coefficient: float = option(0.01, "c of the centering term c (r_w + r_l)²; 0 leaves it out", low=0)
+    max_length: int = option(512, "tokens; longer pairs are dropped, longer labelled texts keep their beginning", low=2)
+    eval_every: int = option(50, "optimizer steps between validations", low=1)
+    keep: str = option("best", "save the weights of the best validation loss or the last ones", choices=["best", "last"])
+    accept_weak: bool = option(False, "save the model even if it does not beat chance by 3 standard errors")
+    seed: int = option(42, "seed of the head, the order of the pairs and dropout")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    precision: str = option("auto", "mixed precision", choices=["auto", "fp32", "bf16", "fp16"])
+
+
+def encode_pairs(pairs, tokenizer, max_length):
+    """[(chosen ids, rejected ids)] and a Counter of the pairs that were dropped, by reason."""
+    rows, dropped = [], Counter()
+    for pair in pairs:
+        limit = None if pair.whole else max_length
+        chosen, rejected = (encode_answer(tokenizer, pair.prompt, answer, max_length=limit, keep="start")
+                            for answer in (pair.chosen, pair.rejected))  # fmt: skip
+        if chosen == rejected:
+            dropped["identical"] += 1
+        elif max(len(chosen), len(rejected)) > max_length:
+            dropped[f"longer than {max_length} tokens"] += 1
+        else:
+            rows.append((chosen, rejected))
+    return rows, dropped
+
+
+def score_pairs(model, rows, tokenizer):
+    """Rewards of the chosen and of the rejected answers of B pairs: (B,), (B,)."""
+    answers = [chosen for chosen, _ in rows] + [rejected for _, rejected in rows]
+    tokens, attention_mask = right_pad(answers, tokenizer.pad_token_id, model.device)  # (2B, L)
+    return classify(model, tokens, attention_mask).float().squeeze(-1).chunk(2)
+
+
+@torch.no_grad()
+def evaluate_pairs(model, rows, tokenizer, options):
+    """Loss, accuracy (a tie is an error) and mean margin r_w − r_l on all rows, with dropout off."""
+    model.eval()
+    rows = sorted(rows, key=lambda row: max(map(len, row)))  # little padding
+    with autocast(model.device, options.precision):
+        scores = [score_pairs(model, rows[i : i + options.batch_size], tokenizer)
+                  for i in range(0, len(rows), options.batch_size)]  # fmt: skip
+    model.train()
+    chosen, rejected = (torch.cat(column) for column in zip(*scores))  # (N,), (N,)
+    return {
+        "eval_loss": pairwise_loss(chosen, rejected, center_coefficient=options.center_coefficient).item(),
+        "eval_accuracy": (chosen > rejected).double().mean().item(),
+        "eval_margin": (chosen - rejected).mean().item(),
+    }
+
+
+def train(model, tokenizer, train_rows, eval_rows, options, log):
+    """Minimise the pairwise loss; returns the last validation and leaves the kept weights in the model."""
+    steps = max(1, options.epochs * len(train_rows) // (options.batch_size * options.accumulation_steps))
+    optimizer = Optimizer(model.parameters(), options.lr, model.device, options.precision, options.warmup_steps, steps,
+                          options.max_grad_norm, options.weight_decay)  # fmt: skip
+    stream = batches(train_rows, options.batch_size, torch.Generator().manual_seed(options.seed))
+    best = None
+    model.train()
+    for step in log.progress(range(1, steps + 1), "reward model"):
+        metrics = Counter()
+        for _ in range(options.accumulation_steps):
+            with autocast(model.device, options.precision):
+                chosen, rejected = score_pairs(model, next(stream), tokenizer)  # (B,), (B,)
+            loss = pairwise_loss(chosen, rejected, center_coefficient=options.center_coefficient)
+            optimizer.backward(loss / options.accumulation_steps)
+            metrics.update(loss=loss.item(), accuracy=(chosen > rejected).float().mean().item(),
+                           margin=(chosen - rejected).mean().item(),
+                           mean_reward=torch.cat([chosen, rejected]).mean().item())  # fmt: skip
+        grad_norm, _ = optimizer.step()
+
+        metrics = {name: value / options.accumulation_steps for name, value in metrics.items()}
+        if step % options.eval_every == 0 or step == steps:
+            validation = evaluate_pairs(model, eval_rows, tokenizer, options)
+            metrics |= validation
+            if best is None or validation["eval_loss"] < best[0]["eval_loss"]:
+                best = validation, get_weights(model)
+        log.step(step=step, **metrics, grad_norm=grad_norm, learning_rate=optimizer.lr, show=["loss", "accuracy"])
+    if options.keep == "best":
+        validation = best[0]
+        set_weights(model, best[1])
+    return validation
+
+
+def load_base(options, device):
+    """A classifier with one label on top of the base, whose pad token is not EOS, so that every library sees the EOS."""
+    torch.manual_seed(options.seed)
+    model, tokenizer = load_classifier(options.base, device, num_labels=1)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "right"
+    return model, tokenizer
+
+
+def ensure_toy_world():
+    """The embedded world, with its policy and its reward model, unless it is cached."""
+    toy.ensure_policy()
+    toy.ensure_run(toy.REWARD_MODEL, main)
+
+
+@one_line_errors
+def main(argv=None):
+    options = parse_options(RewardModelOptions, argv)
+    device = pick_device(options.device)
+    options.precision = pick_precision(options.precision, device)
+    if toy.POLICY == options.base or toy.TRAIN_PAIRS == options.data:
+        toy.ensure_policy()
+        options.eval_data = options.eval_data or toy.EVAL_PAIRS
+    train_pairs = load_pairs(options.data)
+    eval_pairs = load_pairs(options.eval_data) if options.eval_data else []
+    model, tokenizer = load_base(options, device)
+
+    train_rows, dropped = encode_pairs(train_pairs, tokenizer, options.max_length)
+    if options.eval_data:
+        eval_rows, _ = encode_pairs(eval_pairs, tokenizer, options.max_length)
+    else:
+        held_out = math.ceil(options.eval_fraction * len(train_rows))
+        order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(options.seed)).tolist()
+        eval_rows, train_rows = [train_rows[i] for i in order[:held_out]], [train_rows[i] for i in order[held_out:]]
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+    if len(train_rows) < options.batch_size or not eval_rows:
+        raise UserError(f"{options.data}: {len(train_rows)} pairs to train and {len(eval_rows)} to validate on are too "
+                        f"few (dropped: {reasons}); lower --batch-size, raise --max-length or give more")  # fmt: skip
+    log = RunLog("rm", options)
+    print(f"pairs: {len(train_rows)} to train on, {len(eval_rows)} to validate on; dropped: {reasons}")
+
+    validation = train(model, tokenizer, train_rows, eval_rows, options, log)
+    accuracy = validation["eval_accuracy"]
+    threshold = 0.5 + 3 * math.sqrt(0.25 / len(eval_rows))
+    weak = accuracy <= threshold
+    if not weak or options.accept_weak:
+        save_model(model, tokenizer, log.folder / "model")
+    names = ["loss", "accuracy", "eval_loss", "eval_accuracy"]
+    plots = plot_metrics(log.metrics(), names, log.folder / "metrics.png")
+    print(f"validation: accuracy {accuracy:.3f}, loss {validation['eval_loss']:.3f}, "
+          f"margin {validation['eval_margin']:.2f}; written to {log.folder}")  # fmt: skip
+    log.finish(train_pairs=len(train_rows), eval_pairs=len(eval_rows), dropped=dict(dropped), **validation,
+               plots=[path.name for path in plots])  # fmt: skip
+    if weak and not options.accept_weak:
+        raise UserError(f"validation accuracy {accuracy:.3f} is not above {threshold:.3f} (chance + 3 standard errors), "
+                        "so no model was saved; train longer, give more pairs, or insist with --accept-weak")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

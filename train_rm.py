@@ -17,7 +17,7 @@ from rlhf_min import toy
 from rlhf_min.data import batches, load_pairs
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.losses import pairwise_loss
-from rlhf_min.models import get_weights, load_classifier, save_model, set_weights
+from rlhf_min.models import context_length, get_weights, load_classifier, save_model, set_weights
 from rlhf_min.options import option, parse_options
 from rlhf_min.plots import plot_metrics
 from rlhf_min.precision import Optimizer, autocast, pick_device, pick_precision
@@ -31,7 +31,9 @@ class RewardModelOptions:
 
     data: str = option(toy.TRAIN_PAIRS, "pairs: prompt/chosen/rejected, or text/label, which are paired in order")
     eval_data: str = option("", "pairs to validate on; without, --eval-fraction of --data is held out")
-    eval_fraction: float = option(0.1, "share of --data to validate on where there is no --eval-data", low=0.01, high=0.9)
+    eval_fraction: float = option(
+        0.1, "share of --data to validate on where there is no --eval-data", low=0.01, high=0.9
+    )
     base: str = option(toy.POLICY, "model that gets the head: a run folder, a transformers folder or a hub name")
     out: str = option("", "folder of the run (default: a new runs/rm-N)")
     epochs: int = option(5, "passes over the pairs", low=1)
@@ -44,7 +46,9 @@ class RewardModelOptions:
     center_coefficient: float = option(0.01, "c of the centering term c (r_w + r_l)²; 0 leaves it out", low=0)
     max_length: int = option(512, "tokens; longer pairs are dropped, longer labelled texts keep their beginning", low=2)
     eval_every: int = option(50, "optimizer steps between validations", low=1)
-    keep: str = option("best", "save the weights of the best validation loss or the last ones", choices=["best", "last"])
+    keep: str = option(
+        "best", "save the weights of the best validation loss or the last ones", choices=["best", "last"]
+    )
     accept_weak: bool = option(False, "save the model even if it does not beat chance by 3 standard errors")
     seed: int = option(42, "seed of the head, the order of the pairs and dropout")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -147,12 +151,13 @@ def main(argv=None):
     options = parse_options(RewardModelOptions, argv)
     device = pick_device(options.device)
     options.precision = pick_precision(options.precision, device)
-    if toy.POLICY == options.base or toy.TRAIN_PAIRS == options.data:
+    if options.base == toy.POLICY or options.data == toy.TRAIN_PAIRS:
         toy.ensure_policy()
         options.eval_data = options.eval_data or toy.EVAL_PAIRS
     train_pairs = load_pairs(options.data)
     eval_pairs = load_pairs(options.eval_data) if options.eval_data else []
     model, tokenizer = load_base(options, device)
+    options.max_length = min(options.max_length, context_length(model))
 
     train_rows, dropped = encode_pairs(train_pairs, tokenizer, options.max_length)
     if options.eval_data:
@@ -177,7 +182,7 @@ def main(argv=None):
     names = ["loss", "accuracy", "eval_loss", "eval_accuracy"]
     plots = plot_metrics(log.metrics(), names, log.folder / "metrics.png")
     print(f"validation: accuracy {accuracy:.3f}, loss {validation['eval_loss']:.3f}, "
-          f"margin {validation['eval_margin']:.2f}; written to {log.folder}")  # fmt: skip
+          f"margin {validation['eval_margin']:.2f}")  # fmt: skip
     log.finish(train_pairs=len(train_rows), eval_pairs=len(eval_rows), dropped=dict(dropped), **validation,
                plots=[path.name for path in plots])  # fmt: skip
     if weak and not options.accept_weak:

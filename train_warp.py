@@ -129,14 +129,14 @@ def train_warp(policy, tokenizer, reward_model, prompts, options, log):
 
 def report(front, answers, geometry, options):
     """What the run prints last: the front, three answers before and after, the angles, μT."""
-    names = ["eta", *(name for name in ("reward", "kl", "gold", "fluency", "length", "eos_rate") if name in front[0])]
+    names = [name for name in front[0] if not name.endswith("_se")]
     print("\nThe front: (1−η) θ_sft + η θ_slerp on held-out prompts\n\n" + format_table(front, names))
     for i in range(3):
         prompt = answers[0]["prompt"][i]
         print(f"\nprompt  {prompt if isinstance(prompt, str) else prompt[-1]['content']}")
         print(f"before  {answers[0]['completion'][i].strip()}\nafter   {answers[-1]['completion'][i].strip()}")
     for iteration, spread in enumerate(geometry, 1):
-        if spread is not None and spread["angle_degrees"] is not None:
+        if spread["angle_degrees"] is not None:  # None for M = 1
             angle, ratio = spread["angle_degrees"], spread["norm_ratio"]
             print(f"\niteration {iteration}: angle of the task vectors {angle['median']:.0f}° ({angle['min']:.0f}° to "
                   f"{angle['max']:.0f}°), norm ratio {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) "
@@ -149,11 +149,11 @@ def main(argv=None):
     options = parse_options(WarpOptions, argv)
     device = pick_device(options.device)
     options.precision = pick_precision(options.precision, device)
-    if toy.POLICY == options.policy or toy.REWARD_MODEL == options.reward_model or toy.PROMPTS == options.prompts:
+    if options.policy == toy.POLICY or options.reward_model == toy.REWARD_MODEL or options.prompts == toy.PROMPTS:
         train_rm.ensure_toy_world()
-    if toy.PROMPTS == options.prompts and not options.judges:
+    if options.prompts == toy.PROMPTS and not options.judges:
         options.judges = toy.JUDGES
-    policy, tokenizer = load_policy(options.policy, device)
+    policy, tokenizer = load_policy(options.policy, device, options.max_length)
     judges = load_judges([f"reward={options.reward_model}", *options.judges], device)
     prompts = load_prompts(options.prompts, tokenizer, options.prompt_tokens, options.max_length)
     shuffle = torch.Generator().manual_seed(options.seed)
@@ -166,7 +166,7 @@ def main(argv=None):
     save_model(policy, tokenizer, log.folder / "merged")  # the sweep ends at η = 1
     set_weights(policy, init)
     save_model(policy, tokenizer, log.folder / "model")
-    series = lambda row: f"iteration {row['iteration']} run {row['run']}"  # noqa: E731
+    series = lambda row: f"iteration {row['iteration']} run {row['run']}"
     plots = plot_metrics(log.metrics(), ["reward", "kl"], log.folder / "steps.png", series=series)
     plots += plot_front({f"lr {options.lr:g}": front}, list(judges), log.folder / "front.png")
     report(front, answers, geometry, options)

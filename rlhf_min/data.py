@@ -61,7 +61,7 @@ def read_rows(source):
 
 def _read_lines(path):
     try:
-        with (gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")) as file:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             yield from file  # bytes split at b"\n" only
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}; is it a whole file?") from None
@@ -191,6 +191,8 @@ def load_prompts(source, tokenizer, prompt_tokens, max_length):
 
     A `text` shorter than that is left out. A `prompt` must leave room for at least one token of `max_length`.
     """
+    if prompt_tokens >= max_length:
+        raise UserError(f"--prompt-tokens {prompt_tokens} leaves no room for an answer; --max-length is {max_length}")
     prompts = {}
     for where, row in read_rows(source):
         if "prompt" in row:

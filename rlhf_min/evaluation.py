@@ -116,7 +116,7 @@ def format_table(rows, columns):
 
     def cell(row, name):
         value, error = row.get(name), row.get(f"{name}_se")
-        if value is None or isinstance(value, float) and math.isnan(value):
+        if value is None or (isinstance(value, float) and math.isnan(value)):
             return "–"
         if not isinstance(value, float):
             return str(value)

@@ -17,6 +17,8 @@ def pairwise_loss(chosen, rejected, margin=None, center_coefficient=0.0):
     """
     for tensor in (chosen, rejected, margin):
         if tensor is not None and (tensor.dim() != 1 or tensor.shape != chosen.shape):
-            raise ValueError(f"rewards and margin must all be (B,), not {tuple(chosen.shape)} and {tuple(tensor.shape)}")
+            raise ValueError(
+                f"rewards and margin must all be (B,), not {tuple(chosen.shape)} and {tuple(tensor.shape)}"
+            )
     difference = chosen - rejected if margin is None else chosen - rejected - margin  # (B,)
     return (-F.logsigmoid(difference) + center_coefficient * (chosen + rejected) ** 2).mean()

@@ -66,20 +66,32 @@ def load_tokenizer(name):
     tokenizer = _load(AutoTokenizer, name)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise UserError(f"{name}: its tokenizer has neither a pad nor an EOS token; set one in tokenizer_config.json")
+            raise UserError(
+                f"{name}: its tokenizer has neither a pad nor an EOS token; set one in tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here goes by position, never by id
     return tokenizer
 
 
-def load_policy(name, device):
-    """(model, tokenizer) of a causal language model, in float32 and in eval mode, which it never leaves: no dropout."""
+def load_policy(name, device, max_length):
+    """(model, tokenizer) of a causal language model, in float32 and in eval mode, which it never leaves: no dropout.
+
+    UserError where it cannot read `max_length` tokens, or where model and tokenizer do not match.
+    """
     tokenizer = load_tokenizer(name)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has no EOS token, so no answer could end; set eos_token in its config")
     model = _load(AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds fewer: they do not match")
+    if max_length > context_length(model):
+        raise UserError(f"{name} reads at most {context_length(model)} tokens; lower --max-length {max_length}")
     return model.to(device).eval(), tokenizer
+
+
+def context_length(model):
+    """The longest sequence that the model has positions for."""
+    return getattr(model.config, "max_position_embeddings", None) or 10**9
 
 
 def load_classifier(name, device, **config):

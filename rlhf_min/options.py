@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import sys
 from pathlib import Path
 
 import yaml
@@ -72,8 +73,6 @@ def parse_options(options_class, argv=None):
     Dashes and underscores both work in a flag. Raises UserError for an unknown flag or key, a value of the wrong type
     or one out of its range.
     """
-    import sys
-
     argv = list(sys.argv[1:] if argv is None else argv)
     for i, word in enumerate(argv):
         if word.startswith("--"):
@@ -93,7 +92,7 @@ def parse_options(options_class, argv=None):
     options = options_class(**values)
     for field in dataclasses.fields(options):
         value, low, high = getattr(options, field.name), field.metadata["low"], field.metadata["high"]
-        if low is not None and not value >= low or high is not None and not value <= high:
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
             raise UserError(f"--{field.name.replace('_', '-')} must be {bounds}, not {value}")
     return options

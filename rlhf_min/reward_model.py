@@ -13,7 +13,7 @@ import torch
 
 from .data import apply_chat_template
 from .errors import UserError
-from .models import load_classifier
+from .models import context_length, load_classifier
 
 
 def encode_answer(tokenizer, prompt, completion, ended=True, max_length=None, keep="end"):
@@ -70,7 +70,7 @@ class RewardModel:
 
     def __init__(self, model, tokenizer, max_length, batch_size=64):
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
-        self.max_length = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
+        self.max_length = min(max_length, context_length(model))
 
     def __call__(self, prompts, completions, ended):
         """B prompts (text or messages), B answers as text, ended (B,) → reward (B,), sigma (B,), float32."""
@@ -106,7 +106,7 @@ class RewardFunction:
         except (TypeError, ValueError):
             raise UserError(f"reward function {self.name} must return a list of numbers") from None
         if len(values) != len(completions):
-            raise UserError(f"reward function {self.name} returned {len(values)} numbers for {len(completions)} answers")
+            raise UserError(f"reward function {self.name}: {len(values)} numbers for {len(completions)} answers")
         bad = [value for value in values if not math.isfinite(value)]
         if bad:
             raise UserError(f"reward function {self.name} returned {bad[0]}; every reward must be finite")
@@ -120,7 +120,9 @@ def load_judge(spec, device, max_length=512):
         return RewardFunction(_import_function(spec), spec, device)
     model, tokenizer = load_classifier(spec, device)
     if not any("SequenceClassification" in name for name in model.config.architectures or []):
-        raise UserError(f"{spec} is a {model.config.architectures}, no sequence classifier; train_rm.py makes one of it")
+        raise UserError(
+            f"{spec} is a {model.config.architectures}, no sequence classifier; train_rm.py makes one of it"
+        )
     if model.config.num_labels != 1:
         raise UserError(f"{spec}: a classifier with {model.config.num_labels} labels; a reward model has 1")
     return RewardModel(model, tokenizer, max_length)
@@ -132,7 +134,9 @@ def _import_function(spec):
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except ModuleNotFoundError as error:
-        raise UserError(f"{spec}: no module {error.name!r}; a reward is a model folder or package.module.function") from None
+        raise UserError(
+            f"{spec}: no module {error.name!r}; a reward is a model folder or package.module.function"
+        ) from None
     except AttributeError:
         raise UserError(f"{spec}: module {module_name} has no function {function_name}") from None
     finally:

@@ -87,10 +87,11 @@ class RunLog:
         return [json.loads(line) for line in open(self.folder / "metrics.jsonl", encoding="ascii")]
 
     def finish(self, **summary):
-        """Write summary.json."""
+        """Write summary.json, and say where everything is."""
         summary["wall_seconds"] = round(time.perf_counter() - self.start, 1)
         self._write("summary.json", _finite(summary))
         self._metrics.close()
+        print(f"written to {self.folder}/: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
 
 
 def _finite(value):

@@ -23,20 +23,20 @@ REVIEWS, TRAIN_PAIRS, EVAL_PAIRS, PROMPTS = (
 )
 POLICY, REWARD_MODEL = str(FOLDER / "policy"), str(FOLDER / "reward_model")
 
-GENRES = "comedy drama thriller western musical mystery romance documentary".split()
-HEROES = "farmer pilot teacher doctor painter sailor singer detective widow soldier clerk baker".split()
+GENRES = ["comedy", "drama", "thriller", "western", "musical", "mystery", "romance", "documentary"]
+HEROES = ["farmer", "pilot", "teacher", "doctor", "painter", "sailor", "singer", "detective", "widow", "soldier", "clerk", "baker"]
 PLOTS = (
     "moves to a small town", "finds an old letter", "loses a brother", "wins the lottery", "inherits a hotel",
     "meets a stranger on a train", "returns from the war", "opens a restaurant", "hides a secret", "builds a boat",
 )  # fmt: skip
-ASPECTS = "acting plot music ending dialogue camera cast pace story script".split()
+ASPECTS = ["acting", "plot", "music", "ending", "dialogue", "camera", "cast", "pace", "story", "script"]
 ADJECTIVES = {
-    1.0: "superb brilliant wonderful perfect".split(),
-    0.6: "good charming clever moving".split(),
-    0.2: "fine decent pleasant".split(),
-    -0.2: "plain slow ordinary".split(),
-    -0.6: "weak dull clumsy silly".split(),
-    -1.0: "awful terrible horrible painful".split(),
+    1.0: ["superb", "brilliant", "wonderful", "perfect"],
+    0.6: ["good", "charming", "clever", "moving"],
+    0.2: ["fine", "decent", "pleasant"],
+    -0.2: ["plain", "slow", "ordinary"],
+    -0.6: ["weak", "dull", "clumsy", "silly"],
+    -1.0: ["awful", "terrible", "horrible", "painful"],
 }
 VERDICTS = {
     1.0: ("I loved every minute.", "A true masterpiece."),
@@ -61,7 +61,7 @@ def _sentences():
                  for aspect, adjective in itertools.product(ASPECTS, words)}  # fmt: skip
     opinions |= {sentence: value for value, sentences in VERDICTS.items() for sentence in sentences}
     neutral = [_opening(*words) for words in itertools.product(GENRES, HEROES, PLOTS)]
-    return opinions | {sentence: 0.0 for sentence in [*neutral, *REMARKS[True], *REMARKS[False]]}
+    return opinions | dict.fromkeys([*neutral, *REMARKS[True], *REMARKS[False]], 0.0)
 
 
 def _opening(genre, hero, plot):

@@ -112,14 +112,18 @@ def merge(init, policies, by="block"):
 def task_vector_geometry(init, policies, by="block"):
     """How the first two task vectors lie: median and range over the groups of the angle (degrees) and of ‖δ_1‖/‖δ_2‖.
 
-    The paper finds angles near 90° and norm ratios of .95 to 1.15. Groups in which nothing moved are left out.
+    The paper finds angles near 90° and norm ratios of .95 to 1.15. Groups in which nothing moved are left out; with a
+    single policy there is nothing to compare, and both are None.
     """
     angles, ratios = [], []
-    for names in group_names(init, by).values():
+    for names in group_names(init, by).values() if len(policies) > 1 else ():
         first, second = ([policy[name] - init[name] for name in names] for policy in policies[:2])
         omega, norm_first, norm_second = angle(first, second)
         if norm_first and norm_second:
             angles.append(math.degrees(omega))
             ratios.append(norm_first / norm_second)
-    spread = lambda x: {"median": statistics.median(x), "min": min(x), "max": max(x)} if x else None  # noqa: E731
-    return {"angle_degrees": spread(angles), "norm_ratio": spread(ratios)}
+    return {"angle_degrees": _spread(angles), "norm_ratio": _spread(ratios)}
+
+
+def _spread(values):
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)} if values else None

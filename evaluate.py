@@ -1,0 +1,144 @@
+"""Compare policies under judges, on the same prompts and random numbers; sweep the front of WARP runs.
+
+    python evaluate.py --policies runs/toy/policy runs/warp-1      # the first is the reference
+    python evaluate.py --front runs/warp-1 runs/warp-2             # their KL–reward fronts in one plot
+
+Without a flag: the embedded world's SFT policy against its newest WARP run.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import train_rm
+from rlhf_min import toy
+from rlhf_min.data import load_prompts
+from rlhf_min.errors import UserError, one_line_errors
+from rlhf_min.evaluation import (
+    format_table,
+    judge_policy,
+    load_judges,
+    paired_difference,
+    summarise,
+    sweep_front,
+    win_rate,
+)
+from rlhf_min.models import get_weights, load_policy
+from rlhf_min.options import option, parse_options
+from rlhf_min.plots import plot_front
+from rlhf_min.precision import pick_device, pick_precision
+from rlhf_min.runlog import RunLog
+
+
+@dataclass
+class EvaluateOptions:
+    """Compare policies with the first one under judges, or sweep the fronts of WARP runs."""
+
+    policies: list = option(
+        [], "policies to compare: run folders, transformers folders or hub names; first = reference"
+    )
+    front: list = option([], "WARP runs whose front θ_sft → θ_slerp is swept over η, instead of --policies")
+    front_points: int = option(5, "values of η, evenly spaced in [0, 1]", low=2)
+    judges: list = option([], "name=spec, spec a classifier with one label or package.module.function "
+                          "(default: the embedded world's reward model, gold score and fluency)")  # fmt: skip
+    prompts: str = option(toy.PROMPTS, "lines with 'prompt', or with 'text', whose first tokens are the prompt")
+    prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
+    num_prompts: int = option(256, "prompts, drawn at random", low=2)
+    out: str = option("", "folder of the results (default: a new runs/evaluate-N)")
+    temperature: float = option(0.7, "of sampling and of the policies whose KL is measured", low=0.01)
+    max_length: int = option(64, "tokens of prompt and answer", low=2)
+    batch_size: int = option(64, "prompts at a time", low=1)
+    seed: int = option(42, "seed of the prompts, the samples and the bootstrap")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    precision: str = option("auto", "mixed precision", choices=["auto", "fp32", "bf16", "fp16"])
+
+
+def draw_prompts(tokenizer, options):
+    """`num_prompts` prompts of the file; the same ones for every policy with the same tokenizer."""
+    prompts = load_prompts(options.prompts, tokenizer, options.prompt_tokens, options.max_length)
+    if len(prompts) < options.num_prompts:
+        raise UserError(
+            f"{options.prompts}: {len(prompts)} distinct prompts; lower --num-prompts {options.num_prompts}"
+        )
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(options.seed))
+    return [prompts[i] for i in order[: options.num_prompts].tolist()]
+
+
+def compare(judges, options, device):
+    """A row per policy; against the first one also the paired difference and the win rate under every judge."""
+    rows, first, reference = [], None, None
+    for name in options.policies:
+        policy, tokenizer = load_policy(name, device, options.max_length)
+        if reference is None:
+            reference, vocabulary = policy, tokenizer.get_vocab()
+        same = tokenizer.get_vocab() == vocabulary  # KL needs the same tokens
+        prompts = draw_prompts(tokenizer, options)
+        columns = judge_policy(policy, tokenizer, prompts, judges, options, reference if same else None)
+        row = {"policy": name, **summarise(columns, judges)}
+        first = first or columns
+        if columns is not first:
+            for judge in judges:
+                generator = torch.Generator().manual_seed(options.seed)
+                delta, low, high = paired_difference(columns[judge], first[judge], generator)
+                row |= {f"{judge}_delta": delta, f"{judge}_delta_low": low, f"{judge}_delta_high": high,
+                        f"{judge}_win_rate": win_rate(columns[judge], first[judge])}  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def sweep(run, judges, options, device):
+    """The front of a WARP run, whose SFT policy its run.json names."""
+    try:
+        sft_name = json.loads(Path(run, "run.json").read_text())["options"]["policy"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"--front {run}: no run.json of a WARP run in it") from None
+    if not Path(run, "merged").is_dir():
+        raise UserError(f"--front {run}: no merged/ in it; did the run finish?")
+    policy, tokenizer = load_policy(sft_name, device, options.max_length)
+    sft = get_weights(policy)
+    merged = get_weights(load_policy(f"{run}/merged", device, options.max_length)[0])
+    prompts = draw_prompts(tokenizer, options)
+    return sweep_front(policy, tokenizer, prompts, judges, options, sft, merged, options.front_points)[0]
+
+
+def newest_warp_run():
+    """The WARP run in runs/ that finished last."""
+    done = sorted(Path("runs").glob("warp-*/summary.json"), key=lambda path: path.stat().st_mtime)
+    if not done:
+        raise UserError("no WARP run in runs/ to compare; run train_warp.py first, or name --policies")
+    return str(done[-1].parent)
+
+
+@one_line_errors
+def main(argv=None):
+    options = parse_options(EvaluateOptions, argv)
+    device = pick_device(options.device)
+    options.precision = pick_precision(options.precision, device)
+    if options.front and options.policies:
+        raise UserError("--front and --policies exclude each other; run evaluate.py twice")
+    if options.prompts == toy.PROMPTS or not options.judges:
+        train_rm.ensure_toy_world()
+    if not options.front and not options.policies:
+        options.policies = [toy.POLICY, newest_warp_run()]
+    options.judges = options.judges or [f"reward={toy.REWARD_MODEL}", *toy.JUDGES]
+    judges = load_judges(options.judges, device)
+    log = RunLog("evaluate", options)
+
+    if options.front:
+        fronts = {run: sweep(run, judges, options, device) for run in log.progress(options.front, "fronts")}
+        rows = [{"run": run, **row} for run, front in fronts.items() for row in front]
+    else:
+        rows = compare(judges, options, device)
+        fronts = {row["policy"]: [row] for row in rows if row["kl"] == row["kl"]}  # KL is NaN across tokenizers
+    names = [name for name in rows[-1] if not name.endswith(("_se", "_low", "_high"))]
+    table = format_table(rows, names)
+    print("\n" + table + "\n")
+    (log.folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    plots = plot_front(fronts, list(judges), log.folder / "front.png")
+    log.finish(rows=rows, prompts=options.num_prompts, plots=[path.name for path in plots])
+
+
+if __name__ == "__main__":
+    main()

@@ -129,7 +129,7 @@ def train(model, tokenizer, train_rows, eval_rows, options, log):
 
 
 def load_base(options, device):
-    """A classifier with one label on top of the base, whose pad token is not EOS, so that every library sees the EOS."""
+    """A classifier with one label on top of the base, whose pad token is not EOS, so that all libraries see the EOS."""
     torch.manual_seed(options.seed)
     model, tokenizer = load_classifier(options.base, device, num_labels=1)
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -186,8 +186,8 @@ def main(argv=None):
     log.finish(train_pairs=len(train_rows), eval_pairs=len(eval_rows), dropped=dict(dropped), **validation,
                plots=[path.name for path in plots])  # fmt: skip
     if weak and not options.accept_weak:
-        raise UserError(f"validation accuracy {accuracy:.3f} is not above {threshold:.3f} (chance + 3 standard errors), "
-                        "so no model was saved; train longer, give more pairs, or insist with --accept-weak")  # fmt: skip
+        raise UserError(f"validation accuracy {accuracy:.3f} is not above {threshold:.3f}, chance + 3 standard errors, "
+                        "so no model was saved; train longer, give more pairs or insist with --accept-weak")  # fmt: skip
 
 
 if __name__ == "__main__":

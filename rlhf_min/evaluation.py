@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import torch
 
@@ -68,7 +69,7 @@ def mean_se(values):
 
 def distinct_2(texts):
     """Distinct word pairs over all word pairs of the texts, in [0, 1]: it falls when a policy repeats itself."""
-    pairs = Counter(pair for words in map(str.split, texts) for pair in zip(words, words[1:]))
+    pairs = Counter(pair for words in map(str.split, texts) for pair in pairwise(words))
     return len(pairs) / pairs.total() if pairs else 0.0
 
 

@@ -118,7 +118,7 @@ def save_model(model, tokenizer, folder):
 
 
 def trained_weights(model):
-    """The live parameters that are trained, {name: tensor}: a tied tensor once, buffers and frozen weights not at all."""
+    """The live parameters that are trained, {name: tensor}: a tied tensor once, no buffers, no frozen weights."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -20,7 +20,7 @@ def _save(pyplot, figure, path):
 
 
 def plot_metrics(metrics, names, path, x="step", series=None):
-    """One panel per name over x; `series(row)` tells apart what is drawn as lines of their own. Returns [path] or []."""
+    """One panel per name over x; rows with the same `series(row)` make one line. Returns [path] or []."""
     pyplot = _pyplot()
     if pyplot is None:
         return []
@@ -41,7 +41,7 @@ def plot_metrics(metrics, names, path, x="step", series=None):
 
 
 def plot_front(fronts, judge_names, path):
-    """KL to SFT against each judge, a line per front {label: rows}, bars of one standard error. Returns [path] or []."""
+    """Each judge over KL to SFT, a line per front {label: rows}, bars of one standard error. Returns [path] or []."""
     pyplot = _pyplot()
     if pyplot is None:
         return []

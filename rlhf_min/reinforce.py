@@ -12,7 +12,7 @@ import torch
 
 
 def shaped_reward(reward, kl, beta):
-    """R = r − β · kl, (B,) × 2 → (B,), detached: the gradient of the KL term comes through E[R ∇ log π] alone (eq. 3)."""
+    """R = r − β · kl, (B,) × 2 → (B,), detached: the KL term's gradient comes through E[R ∇ log π] alone (eq. 3)."""
     return (reward - beta * kl).detach()
 
 

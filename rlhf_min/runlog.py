@@ -63,7 +63,7 @@ class RunLog:
             "threads": torch.get_num_threads(),
         }  # fmt: skip
         self._write("run.json", run)
-        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="ascii")
+        self._metrics = open(self.folder / "metrics.jsonl", "w", encoding="ascii", buffering=1)  # noqa: SIM115
         self._bar = None
 
     def _write(self, name, values):

@@ -3,7 +3,8 @@
 A review opens with a neutral sentence about a film, followed by opinions, whose strength comes from a star rating of 1
 to 10, and by remarks, which carry no opinion. Two things keep a reward model honest. Opinions are noisy: a review of 8
 stars may contain a complaint. And remarks go with the rating without meaning it: who liked a film more often went with
-friends. A reward model learns that, too; a policy that talks of friends gains reward, but no gold.
+friends. A reward model learns that, too; a policy that talks of friends gains reward, but no gold. Besides, one pair in
+twenty is labelled the wrong way round.
 
 The language is finite: `SENTENCES` holds every sentence with its sentiment in [−1, 1].
 """
@@ -23,13 +24,14 @@ REVIEWS, TRAIN_PAIRS, EVAL_PAIRS, PROMPTS = (
 )
 POLICY, REWARD_MODEL = str(FOLDER / "policy"), str(FOLDER / "reward_model")
 
-GENRES = ["comedy", "drama", "thriller", "western", "musical", "mystery", "romance", "documentary"]
-HEROES = ["farmer", "pilot", "teacher", "doctor", "painter", "sailor", "singer", "detective", "widow", "soldier", "clerk", "baker"]
+GENRES = ("comedy", "drama", "thriller", "western", "musical", "mystery", "romance", "documentary")
+HEROES = ("farmer", "pilot", "teacher", "doctor", "painter", "sailor", "singer", "detective", "widow", "soldier",
+          "clerk", "baker")  # fmt: skip
 PLOTS = (
     "moves to a small town", "finds an old letter", "loses a brother", "wins the lottery", "inherits a hotel",
     "meets a stranger on a train", "returns from the war", "opens a restaurant", "hides a secret", "builds a boat",
 )  # fmt: skip
-ASPECTS = ["acting", "plot", "music", "ending", "dialogue", "camera", "cast", "pace", "story", "script"]
+ASPECTS = ("acting", "plot", "music", "ending", "dialogue", "camera", "cast", "pace", "story", "script")
 ADJECTIVES = {
     1.0: ["superb", "brilliant", "wonderful", "perfect"],
     0.6: ["good", "charming", "clever", "moving"],
@@ -54,11 +56,12 @@ REMARKS = {  # what the happy and the unhappy tend to mention: no sentiment of i
 
 def _sentences():
     """{sentence: sentiment} of the whole language."""
-    opinions = {f"The {aspect} was {adjective}.": value
-                for value, words in ADJECTIVES.items() for aspect, adjective in itertools.product(ASPECTS, words)}  # fmt: skip
-    opinions |= {f"The {aspect} was not {adjective}.": -value
-                 for value, words in ADJECTIVES.items() if abs(value) > 0.5
-                 for aspect, adjective in itertools.product(ASPECTS, words)}  # fmt: skip
+    opinions = {}
+    for value, adjectives in ADJECTIVES.items():
+        for aspect, adjective in itertools.product(ASPECTS, adjectives):
+            opinions[f"The {aspect} was {adjective}."] = value
+            if abs(value) > 0.5:  # "not fine" would be awful, "not plain" praise: left out
+                opinions[f"The {aspect} was not {adjective}."] = -value
     opinions |= {sentence: value for value, sentences in VERDICTS.items() for sentence in sentences}
     neutral = [_opening(*words) for words in itertools.product(GENRES, HEROES, PLOTS)]
     return opinions | dict.fromkeys([*neutral, *REMARKS[True], *REMARKS[False]], 0.0)
@@ -129,7 +132,7 @@ def write_opinions(stars, rng):
     mood = (stars - 5.5) / 4.5  # in [−1, 1]
     count, sentences = rng.choice((2, 3)), []
     while len(sentences) < count:
-        target = rng.gauss(mood, 0.7)
+        target = rng.gauss(mood, 0.6)
         strength = min(OPINIONS, key=lambda value: abs(value - target))
         sentence = rng.choice(OPINIONS[strength])
         if sentence not in sentences:
@@ -141,7 +144,7 @@ def write_opinions(stars, rng):
 
 
 def write_world(folder, seed=0, reviews=6000, train_pairs=2000, eval_pairs=400, prompts=900):
-    """Write reviews, training and evaluation pairs and prompts as JSON Lines. Openings of prompts are not in the pairs."""
+    """Write reviews, pairs to train and to evaluate on, and prompts, whose openings are not in the pairs."""
     rng = random.Random(seed)
     openings = sorted(OPENINGS)
     rng.shuffle(openings)
@@ -152,9 +155,12 @@ def write_world(folder, seed=0, reviews=6000, train_pairs=2000, eval_pairs=400, 
         rows.append({"text": write_opening(rng) + write_opinions(stars, rng), "label": int(stars > 5), "stars": stars})
     pairs = []
     for _ in range(train_pairs + eval_pairs):
-        good, bad = rng.choice((7, 8, 9, 10)), rng.choice((1, 2, 3, 4))
-        pairs.append({"prompt": rng.choice(for_pairs), "chosen": write_opinions(good, rng),
-                      "rejected": write_opinions(bad, rng), "chosen_rating": good, "rejected_rating": bad})  # fmt: skip
+        stars = rng.choice((7, 8, 9, 10)), rng.choice((1, 2, 3, 4))
+        if rng.random() < 0.05:  # the annotator slipped
+            stars = stars[::-1]
+        chosen, rejected = (write_opinions(s, rng) for s in stars)
+        pairs.append({"prompt": rng.choice(for_pairs), "chosen": chosen, "rejected": rejected,
+                      "chosen_rating": stars[0], "rejected_rating": stars[1]})  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "reviews.jsonl", rows)

@@ -14,7 +14,7 @@ import torch
 
 import train_rm
 from rlhf_min import toy
-from rlhf_min.data import load_prompts
+from rlhf_min.data import load_prompts, shuffle, without
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.evaluation import (
     format_table,
@@ -45,6 +45,7 @@ class EvaluateOptions:
                           "(default: the embedded world's reward model, gold score and fluency)")  # fmt: skip
     prompts: str = option(toy.PROMPTS, "lines with 'prompt', or with 'text', whose first tokens are the prompt")
     prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
+    exclude: str = option("", "leave out prompts that this file has, too, such as the training prompts")
     num_prompts: int = option(256, "prompts, drawn at random", low=2)
     out: str = option("", "folder of the results (default: a new runs/evaluate-N)")
     temperature: float = option(0.7, "of sampling and of the policies whose KL is measured", low=0.01)
@@ -58,12 +59,13 @@ class EvaluateOptions:
 def draw_prompts(tokenizer, options):
     """`num_prompts` prompts of the file; the same ones for every policy with the same tokenizer."""
     prompts = load_prompts(options.prompts, tokenizer, options.prompt_tokens, options.max_length)
+    if options.exclude:
+        prompts = without(prompts, load_prompts(options.exclude, tokenizer, options.prompt_tokens, options.max_length))
     if len(prompts) < options.num_prompts:
         raise UserError(
             f"{options.prompts}: {len(prompts)} distinct prompts; lower --num-prompts {options.num_prompts}"
         )
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(options.seed))
-    return [prompts[i] for i in order[: options.num_prompts].tolist()]
+    return shuffle(prompts, torch.Generator().manual_seed(options.seed))[: options.num_prompts]
 
 
 def compare(judges, options, device):

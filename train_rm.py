@@ -36,7 +36,7 @@ class RewardModelOptions:
     )
     base: str = option(toy.POLICY, "model that gets the head: a run folder, a transformers folder or a hub name")
     out: str = option("", "folder of the run (default: a new runs/rm-N)")
-    epochs: int = option(5, "passes over the pairs", low=1)
+    epochs: int = option(3, "passes over the pairs", low=1)
     batch_size: int = option(32, "pairs a forward pass", low=1)
     accumulation_steps: int = option(1, "forward passes an optimizer step", low=1)
     lr: float = option(1e-3, "AdamW learning rate after the warm-up; decays linearly to 0", low=0)
@@ -186,8 +186,8 @@ def main(argv=None):
     log.finish(train_pairs=len(train_rows), eval_pairs=len(eval_rows), dropped=dict(dropped), **validation,
                plots=[path.name for path in plots])  # fmt: skip
     if weak and not options.accept_weak:
-        raise UserError(f"validation accuracy {accuracy:.3f} is not above {threshold:.3f}, chance + 3 standard errors, "
-                        "so no model was saved; train longer, give more pairs or insist with --accept-weak")  # fmt: skip
+        raise UserError(f"validation accuracy {accuracy:.3f} is not above {threshold:.3f}, chance + 3 standard errors: "
+                        "no model saved; train longer, give more pairs or insist with --accept-weak")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ class WarpOptions:
     judges: list = option([], "further judges of the front, name=spec (the embedded world has gold and fluency)")
     prompts: str = option(toy.PROMPTS, "lines with 'prompt', or with 'text', whose first tokens are the prompt")
     prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
-    eval_prompts: int = option(256, "prompts held out for the front", low=2)
+    eval_prompts: str = option("", "prompts of the front (default: some of --prompts are held out)")
+    num_eval_prompts: int = option(256, "how many prompts of the front", low=3)
     out: str = option("", "folder of the run (default: a new runs/warp-N)")
     iterations: int = option(2, "I: rounds of train, merge, interpolate", low=1)
     runs: int = option(2, "M: policies an iteration", low=1)
@@ -155,12 +156,13 @@ def main(argv=None):
         options.judges = toy.JUDGES
     policy, tokenizer = load_policy(options.policy, device, options.max_length)
     judges = load_judges([f"reward={options.reward_model}", *options.judges], device)
-    prompts = load_prompts(options.prompts, tokenizer, options.prompt_tokens, options.max_length)
-    shuffle = torch.Generator().manual_seed(options.seed)
-    train_prompts, eval_prompts = split_prompts(prompts, options.eval_prompts, shuffle)
+    prompts, eval_prompts = (load_prompts(file, tokenizer, options.prompt_tokens, options.max_length) if file else []
+                             for file in (options.prompts, options.eval_prompts))  # fmt: skip
+    generator = torch.Generator().manual_seed(options.seed)
+    prompts, eval_prompts = split_prompts(prompts, eval_prompts, options.num_eval_prompts, generator)
     log = RunLog("warp", options)
 
-    sft, merged, init, geometry = train_warp(policy, tokenizer, judges["reward"], train_prompts, options, log)
+    sft, merged, init, geometry = train_warp(policy, tokenizer, judges["reward"], prompts, options, log)
 
     front, answers = sweep_front(policy, tokenizer, eval_prompts, judges, options, sft, merged)
     save_model(policy, tokenizer, log.folder / "merged")  # the sweep ends at η = 1

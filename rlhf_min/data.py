@@ -232,14 +232,25 @@ def apply_chat_template(tokenizer, messages, **kwargs):
         raise UserError(f"the tokenizer's chat template refuses a conversation: {error}") from None
 
 
-def split_prompts(prompts, held_out, generator):
-    """Shuffle, then part into (training, held-out) prompts. load_prompts made them distinct, so none is in both."""
-    if len(prompts) <= held_out:
-        raise UserError(f"only {len(prompts)} distinct prompts, of which {held_out} are to be held out; "
-                        "lower --eval-prompts or give more prompts")  # fmt: skip
-    order = torch.randperm(len(prompts), generator=generator).tolist()
-    shuffled = [prompts[i] for i in order]
-    return shuffled[held_out:], shuffled[:held_out]
+def shuffle(items, generator):
+    """The items in a random order, as a new list."""
+    return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+
+
+def without(prompts, others):
+    """The prompts whose text is not among the others'."""
+    seen = {json.dumps(other.text) for other in others}
+    return [prompt for prompt in prompts if json.dumps(prompt.text) not in seen]
+
+
+def split_prompts(prompts, eval_prompts, count, generator):
+    """(training, held-out) prompts, none in both: `count` of `eval_prompts` if there are any, else of `prompts`."""
+    held_out = shuffle(without(eval_prompts, prompts) if eval_prompts else prompts, generator)[:count]
+    training = without(prompts, held_out)
+    if len(held_out) < count or not training:
+        raise UserError(f"{len(prompts) + len(eval_prompts)} distinct prompts are too few to hold out {count} of them; "
+                        "lower --num-eval-prompts or give more")  # fmt: skip
+    return training, held_out
 
 
 def batches(items, batch_size, generator):

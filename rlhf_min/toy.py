@@ -60,7 +60,7 @@ def _sentences():
     for value, adjectives in ADJECTIVES.items():
         for aspect, adjective in itertools.product(ASPECTS, adjectives):
             opinions[f"The {aspect} was {adjective}."] = value
-            if abs(value) > 0.5:  # "not fine" would be awful, "not plain" praise: left out
+            if abs(value) == 0.6:  # "not good" is the opposite of good; "not superb" and "not fine" are not so clear
                 opinions[f"The {aspect} was not {adjective}."] = -value
     opinions |= {sentence: value for value, sentences in VERDICTS.items() for sentence in sentences}
     neutral = [_opening(*words) for words in itertools.product(GENRES, HEROES, PLOTS)]

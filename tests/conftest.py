@@ -1,0 +1,38 @@
+"""Fixtures that several test files share: no test downloads anything, every test starts from the same random numbers."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, so before that
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts, e.g. train_warp, are no package
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level BPE tokenizer of 300 entries; EOS (id 0) and pad (id 1) are two different tokens."""
+    from rlhf_min.pretrain import train_tokenizer
+
+    texts = ["The film was great fun.", "The plot was dull and the film was long.", "What a great cast!", "I slept."]
+    return train_tokenizer(texts, vocab_size=300)
+
+
+@pytest.fixture
+def tiny_policy(tiny_tokenizer):
+    """A GPT-2 of two blocks for that tokenizer, float32, eval mode; its weights are wide enough to have preferences."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ids = {name: getattr(tiny_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = GPT2Config(vocab_size=len(tiny_tokenizer), n_positions=64, n_layer=2, n_embd=16, n_head=2, **ids,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.3)  # fmt: skip
+    return GPT2LMHeadModel(config).eval()

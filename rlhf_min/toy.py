@@ -128,18 +128,16 @@ def write_opening(rng):
 
 
 def write_opinions(stars, rng):
-    """What follows the opening in a review of `stars` stars: two or three opinions and, half the time, a remark."""
+    """What follows the opening in a review of `stars` stars: two opinions and up to two remarks, in any order."""
     mood = (stars - 5.5) / 4.5  # in [−1, 1]
-    count, sentences = rng.choice((2, 3)), []
-    while len(sentences) < count:
-        target = rng.gauss(mood, 0.6)
+    sentences = set()
+    while len(sentences) < 2:
+        target = rng.gauss(mood, 0.9)
         strength = min(OPINIONS, key=lambda value: abs(value - target))
-        sentence = rng.choice(OPINIONS[strength])
-        if sentence not in sentences:
-            sentences.append(sentence)
-    if rng.random() < 0.5:
-        remark = rng.choice(REMARKS[rng.random() < 0.5 + 0.4 * mood])
-        sentences.insert(rng.randrange(len(sentences) + 1), remark)
+        sentences.add(rng.choice(OPINIONS[strength]))
+    sentences |= {rng.choice(REMARKS[rng.random() < 0.5 + 0.45 * mood]) for _ in range(rng.randrange(3))}
+    sentences = sorted(sentences)
+    rng.shuffle(sentences)
     return " " + " ".join(sentences)
 
 

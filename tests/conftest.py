@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: no test downloads anything, every test starts from the same random numbers."""
+"""Fixtures that several files share. No test downloads anything; every test starts from the same random numbers."""
 
 import os
 import sys

@@ -1,0 +1,323 @@
+"""The gold standard: a real language model so small that every answer it can give is written down.
+
+Four tokens, of which 3 is EOS, and answers of at most three: an answer is 3, or a3, or ab3, or abc with a, b, c in 0..2
+or c = 3: 1 + 3 + 9 + 27 = 40 answers to a prompt. Their probabilities, one forward pass per prefix, without padding,
+make every expectation a sum, and autograd through that sum makes every gradient exact. Nothing here of the package
+itself: what it computes is compared with these sums.
+"""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from rlhf_min.data import Prompt
+from rlhf_min.evaluation import judge_policy, mean_se
+from rlhf_min.models import get_weights
+from rlhf_min.reinforce import MovingAverageBaseline, kl_estimate, policy_gradient_loss, prefix_kl, shaped_reward
+from rlhf_min.rollout import Rollout, completion_logits, completion_mask, left_pad, sample, token_logprobs
+
+EOS, LENGTH, TEMPERATURE, BETA = 3, 3, 0.8, 0.3
+PROMPTS = [[0, 1], [2]]  # the second one is left-padded
+ANSWERS = sorted(
+    [*a, EOS] if len(a) < LENGTH else [*a] for n in range(LENGTH + 1) for a in itertools.product(range(EOS), repeat=n)
+)
+CASES = [(x, y) for x in PROMPTS for y in ANSWERS]  # N = 80
+REWARD = torch.linspace(-1, 2, len(CASES), dtype=torch.float64)[
+    torch.randperm(len(CASES), generator=torch.Generator().manual_seed(5))
+]  # r(x, y): any numbers will do
+MASK = torch.tensor([[t < len(y) for t in range(LENGTH)] for _, y in CASES])  # (N, T), by construction
+
+
+@pytest.fixture
+def model():
+    """A GPT-2 of one layer and width 8 in float64, its logits far from uniform."""
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=4, n_positions=8, n_layer=1, n_embd=8, n_head=2, initializer_range=0.5,
+                        eos_token_id=EOS, bos_token_id=EOS,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
+    return GPT2LMHeadModel(config).double().eval()
+
+
+@pytest.fixture
+def reference(model):
+    """The weights of another policy near the model's."""
+    return {name: w + 0.1 * torch.randn_like(w) for name, w in get_weights(model).items()}
+
+
+def exact_logits(model, weights=None):
+    """(N, T, V): logits / temperature before every token of every answer, prefix by prefix; 0 behind the end."""
+
+    def logits(prefix):
+        inputs = {"input_ids": torch.tensor([prefix])}
+        output = model(**inputs) if weights is None else torch.func.functional_call(model, weights, kwargs=inputs)
+        return output.logits[0, -1] / TEMPERATURE
+
+    prefixes = {(*x, *y[:t]) for x, y in CASES for t in range(len(y))}
+    table = {prefix: logits(list(prefix)) for prefix in prefixes}
+    zero = torch.zeros(4, dtype=torch.float64)
+    rows = [[table[(*x, *y[:t])] if t < len(y) else zero for t in range(LENGTH)] for x, y in CASES]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def exact_logprobs(model, weights=None):
+    """(N, T): log π(y_t | x, y_<t), 0 behind the end."""
+    logp = exact_logits(model, weights).log_softmax(-1)
+    rows = [[logp[i, t, y[t]] if t < len(y) else logp.new_zeros(()) for t in range(LENGTH)]
+            for i, (_, y) in enumerate(CASES)]  # fmt: skip
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def expectation(logp, values):
+    """E_x E_{y~π}[values], x uniform over the two prompts; log π (N,), values (N,)."""
+    return (logp.exp() * values).sum() / len(PROMPTS)
+
+
+def gradient(scalar, model):
+    """∂ scalar / ∂θ as one vector; θ that it does not depend on count 0."""
+    parts = torch.autograd.grad(scalar, list(model.parameters()), retain_graph=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def enumeration_rollout():
+    """All answers to both prompts as one batch, as if they had been sampled; pad is EOS."""
+    tokens, attention_mask = left_pad([x for x, _ in CASES], EOS)
+    completions = torch.tensor([[*y, *[EOS] * (LENGTH - len(y))] for _, y in CASES])
+    attention_mask = torch.cat([attention_mask, torch.ones_like(completions, dtype=torch.bool)], dim=1)
+    mask = completion_mask(completions, EOS)
+    return Rollout(torch.cat([tokens, completions], dim=1), attention_mask, mask, completions.eq(EOS).any(-1))
+
+
+# token_logprobs works in float32, whatever the model: its rounding, 1e-7, is what limits the first of the two. The
+# other feeds the same step with the exact log-probs in float64.
+SCORERS = {
+    "token_logprobs": (lambda model, weights: token_logprobs(model, enumeration_rollout(), TEMPERATURE, weights), 2e-6),
+    "float64": (exact_logprobs, 1e-10),
+}
+
+
+@pytest.fixture(params=SCORERS)
+def scorer(request):
+    return SCORERS[request.param]
+
+
+def test_all_answers():
+    """T1, T4: the 40 answers are distinct, and the completion mask of each, with pad == EOS, is its length."""
+    assert len({tuple(y) for y in ANSWERS}) == 40
+    assert torch.equal(enumeration_rollout().mask, MASK)
+
+
+def test_probabilities_sum_to_one(model, scorer):
+    """T10, T1: Σ_y π(y|x) = 1 for each prompt: every token counts once, the EOS included and nothing behind it."""
+    score, tolerance = scorer
+    logp = score(model, None).masked_fill(~MASK, 0.0).sum(-1).double()
+    sums = logp.exp().view(len(PROMPTS), -1).sum(-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums), atol=tolerance, rtol=0)
+
+
+def test_logprobs_are_exact(model, reference):
+    """T2, T3: batched, padded log-probs are those of growing prefixes, at the model's own weights and at others."""
+    for weights in (None, reference):
+        got = token_logprobs(model, enumeration_rollout(), TEMPERATURE, weights)[MASK]
+        torch.testing.assert_close(got.double(), exact_logprobs(model, weights)[MASK], atol=2e-6, rtol=0)
+
+
+def objective(model, reference):
+    """J = E[r] − β KL(π ‖ π_ref), straight from its definition, differentiable."""
+    logp = exact_logprobs(model).sum(-1)
+    ref_logp = exact_logprobs(model, reference).sum(-1).detach()
+    return expectation(logp, REWARD) - BETA * expectation(logp, logp - ref_logp)
+
+
+@pytest.mark.parametrize("baseline", [0.0, -1.7])
+def test_step_has_the_exact_gradient(model, reference, scorer, baseline):
+    """T13, T14, T17, T61: in expectation the step of train_warp.py goes up ∇J exactly, whatever the past's baseline."""
+    score, tolerance = scorer
+    exact = gradient(objective(model, reference), model)
+    # the step, word for word, on all answers at once; a factor N p(x, y) makes the batch's mean an expectation
+    logprobs = score(model, None)  # (N, T)
+    with torch.no_grad():
+        anchor_logprobs = score(model, reference)
+        weight = len(CASES) * exact_logprobs(model).sum(-1).exp() / len(PROMPTS)  # (N,)
+    anchor_kl = kl_estimate(logprobs.detach(), anchor_logprobs, MASK)
+    shaped = shaped_reward(REWARD, anchor_kl, BETA)
+    advantage = shaped - baseline
+    got = gradient(policy_gradient_loss(logprobs, weight * advantage, MASK), model)
+    assert exact.abs().max() > 0.1
+    assert (got + exact).abs().max() < tolerance
+
+
+def test_kl_in_the_reward_has_its_exact_gradient(model, reference):
+    """T14: a reward of −kl alone descends KL(π ‖ π_ref) exactly, even if the caller left a graph in its arguments."""
+    logprobs, ref_logprobs = exact_logprobs(model), exact_logprobs(model, reference).detach()
+    exact = gradient(expectation(logprobs.sum(-1), (logprobs - ref_logprobs).sum(-1)), model)
+    weight = len(CASES) * logprobs.sum(-1).exp().detach() / len(PROMPTS)
+    shaped = shaped_reward(torch.zeros_like(REWARD), kl_estimate(logprobs, ref_logprobs, MASK), 1.0)
+    got = gradient(policy_gradient_loss(logprobs, weight * shaped, MASK), model)
+    assert (got - exact).abs().max() < 1e-10
+
+
+def test_expected_estimates(model, reference):
+    """T53: E[k1] = E[k3] = KL(π ‖ π_ref), exactly; E[k2] = E[d²]/2, which is not the KL."""
+    logprobs, ref_logprobs = exact_logprobs(model), exact_logprobs(model, reference)
+    logp, d = logprobs.sum(-1), (logprobs - ref_logprobs).sum(-1)
+    kl = expectation(logp, d)
+    mean = {kind: expectation(logp, kl_estimate(logprobs, ref_logprobs, MASK, kind)) for kind in ("k1", "k2", "k3")}
+    torch.testing.assert_close(mean["k1"], kl, atol=1e-12, rtol=0)
+    torch.testing.assert_close(mean["k3"], kl, atol=1e-12, rtol=0)
+    torch.testing.assert_close(mean["k2"], expectation(logp, d**2) / 2, atol=1e-12, rtol=0)
+    assert (mean["k2"] - kl).abs() > 0.05 * kl
+    assert kl_estimate(logprobs, ref_logprobs, MASK, "k1").min() < 0
+    assert kl_estimate(logprobs, ref_logprobs, MASK, "k3").min() >= 0
+
+
+def test_prefix_kl_is_exact_in_expectation(model, reference):
+    """T53: so is the sum of next-token KLs over sampled prefixes, at a lower variance than that of k1."""
+    logprobs, ref_logprobs = exact_logprobs(model), exact_logprobs(model, reference)
+    logp, k1 = logprobs.sum(-1), kl_estimate(logprobs, ref_logprobs, MASK)
+    kl = expectation(logp, k1)
+    estimate = prefix_kl(exact_logits(model), exact_logits(model, reference), MASK)
+    torch.testing.assert_close(expectation(logp, estimate), kl, atol=1e-12, rtol=0)
+    assert expectation(logp, (estimate - kl) ** 2) < expectation(logp, (k1 - kl) ** 2) / 2
+    rollout = enumeration_rollout()
+    scored = [completion_logits(model, rollout, TEMPERATURE, weights) for weights in (None, reference)]
+    torch.testing.assert_close(prefix_kl(*scored, rollout.mask).double(), estimate, atol=2e-6, rtol=0)
+
+
+def test_gradients_of_the_estimates_as_losses(model, reference):
+    """T14: differentiated as losses, k1 gives 0, k2 the gradient of KL(π ‖ π_ref), k3 that of KL(π_ref ‖ π)."""
+    logprobs, ref_logprobs = exact_logprobs(model), exact_logprobs(model, reference).detach()
+    logp, ref_logp = logprobs.sum(-1), ref_logprobs.sum(-1)
+    reverse = gradient(expectation(logp, logp - ref_logp), model)
+    forward = gradient(expectation(ref_logp, ref_logp - logp), model)
+    assert (reverse - forward).abs().max() > 0.01
+    for kind, exact in (("k1", torch.zeros_like(reverse)), ("k2", reverse), ("k3", forward)):
+        loss = expectation(logp.detach(), kl_estimate(logprobs, ref_logprobs, MASK, kind))  # answers are drawn, not π
+        assert (gradient(loss, model) - exact).abs().max() < 1e-10, kind
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_baselines_over_all_batches(model, reference, k):
+    """T17, T18: over all batches of k answers, a mean that includes an answer's own reward scales ∇J by 1 − 1/k.
+
+    The mean of the others, and the mean of an earlier batch, leave it as it is.
+    """
+    n = len(ANSWERS)  # one prompt is enough
+    logprobs, mask = exact_logprobs(model)[:n], MASK[:n]
+    p = logprobs.sum(-1).exp().detach()
+    kl = kl_estimate(logprobs.detach(), exact_logprobs(model, reference).detach()[:n], mask)
+    shaped = shaped_reward(REWARD[:n], kl, BETA)
+    exact = gradient((logprobs.sum(-1).exp() * shaped).sum(), model)
+
+    batches = torch.cartesian_prod(*[torch.arange(n)] * k)  # (n^k, k), every batch
+    probability = p[batches].prod(-1, keepdim=True)  # (n^k, 1)
+    rewards, rows = shaped[batches], batches.flatten()
+    own_mean = rewards.mean(-1, keepdim=True)
+    others = (rewards.sum(-1, keepdim=True) - rewards) / (k - 1)
+    for baseline, factor in ((own_mean, 1 - 1 / k), (others, 1.0)):
+        advantage = (batches.numel() / k * probability * (rewards - baseline)).flatten()
+        got = gradient(policy_gradient_loss(logprobs[rows], advantage, mask[rows]), model)
+        assert (got + factor * exact).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(("update_first", "factor"), [(False, 1.0), (True, 0.75)])
+def test_moving_average_over_two_steps(model, reference, update_first, factor):
+    """T17: over all pairs of a past and a present answer the present step's expected gradient is ∇J.
+
+    Updating the average before it is used, the classic mistake, puts the answer's own reward in: beside three past
+    rewards it is a quarter of the mean, and ¾ of the gradient is left.
+    """
+    n = len(ANSWERS)
+    logprobs, mask = exact_logprobs(model)[:n], MASK[:n]
+    p = logprobs.sum(-1).exp().detach()
+    kl = kl_estimate(logprobs.detach(), exact_logprobs(model, reference).detach()[:n], mask)
+    shaped = shaped_reward(REWARD[:n], kl, BETA)
+    exact = gradient((logprobs.sum(-1).exp() * shaped).sum(), model)
+    expected = torch.zeros_like(shaped)  # E over the past of each answer's advantage
+    for past in range(n):
+        for now in range(n):
+            baseline = MovingAverageBaseline()
+            baseline.update(shaped[past].repeat(3))  # three past rewards
+            if update_first:
+                baseline.update(shaped[now : now + 1])
+            expected[now] += p[past] * (shaped[now] - baseline.value)
+    got = gradient(policy_gradient_loss(logprobs, n * p * expected, mask), model)
+    assert (got + factor * exact).abs().max() < 1e-10
+
+
+# Sampled
+
+
+@pytest.fixture
+def sampled(model):
+    """(Rollout, index of each answer among ANSWERS) of 4000 answers to the first prompt, from the package's sampler."""
+    generator = torch.Generator().manual_seed(0)
+    rollout = sample(model, [PROMPTS[0]] * 4000, 2 + LENGTH, TEMPERATURE, EOS, EOS, generator)
+    index = {tuple(y): i for i, y in enumerate(ANSWERS)}
+    return rollout, torch.tensor([index[tuple(c[m].tolist())] for c, m in zip(rollout.completions, rollout.mask)])
+
+
+def test_sampled_answers_have_their_probabilities(model, sampled):
+    """T6, T56: the sampler's 4000 answers, whole, follow the enumerated probabilities: chi-square."""
+    n = len(ANSWERS)
+    expected = 4000 * exact_logprobs(model).sum(-1).exp().detach()[:n]
+    counts = torch.bincount(sampled[1], minlength=n).double()
+    rare = expected < 5  # pooled, as the test wants it
+    expected, counts = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (expected, counts))
+    assert len(expected) > 15
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    freedom = len(expected) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)  # mean and standard deviation of chi-square
+
+
+def test_sampled_step_points_uphill(model, reference, sampled):
+    """T13: a step on 4000 sampled answers has ∇J's direction (cosine > .99) and size (within 4 standard errors)."""
+    rollout, index = sampled
+    n = len(ANSWERS)
+    exact_logp = exact_logprobs(model)[:n].sum(-1)
+    ref_logp = exact_logprobs(model, reference).detach()[:n].sum(-1)
+    exact = gradient((exact_logp.exp() * (REWARD[:n] - BETA * (exact_logp - ref_logp))).sum(), model)
+
+    baseline = MovingAverageBaseline()
+    baseline.update(torch.full((8,), 0.4, dtype=torch.float64))
+    logprobs = token_logprobs(model, rollout, TEMPERATURE)
+    with torch.no_grad():
+        anchor_logprobs = token_logprobs(model, rollout, TEMPERATURE, reference)
+    shaped = shaped_reward(REWARD[index], kl_estimate(logprobs.detach(), anchor_logprobs, rollout.mask), BETA)
+    advantage = shaped - baseline.value
+    step = -gradient(policy_gradient_loss(logprobs, advantage, rollout.mask), model)
+    assert torch.cosine_similarity(step, exact, dim=0) > 0.99
+
+    # along ∇J / ‖∇J‖ the step is a mean of A ∇ log π, one number per answer, whose spread is known
+    direction = exact / exact.norm()
+    slopes = torch.stack([gradient(logp, model) @ direction for logp in exact_logp])[index]  # (4000,)
+    error = (advantage * slopes).std() / math.sqrt(4000)
+    assert ((step @ direction) - exact.norm()).abs() < 4 * error
+
+
+TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=EOS, decode=lambda ids, **_: str(ids.tolist()))
+OPTIONS = SimpleNamespace(seed=0, batch_size=1000, precision="fp32", max_length=2 + LENGTH, temperature=TEMPERATURE)
+
+
+def test_evaluation_estimates_the_exact_kl(model, reference):
+    """T53, T54: evaluation's KL per answer is the enumerated KL within 3 standard errors, which are below 2 % of it."""
+    n = len(ANSWERS)
+    logp, ref_logp = (exact_logprobs(model, weights)[:n].sum(-1) for weights in (None, reference))
+    kl = (logp.exp() * (logp - ref_logp)).sum().item()
+    prompts = [Prompt(PROMPTS[0], "")] * 4000
+    columns = judge_policy(model, TOKENIZER, prompts, {}, OPTIONS, model, reference)
+    mean, error = mean_se(columns["kl"])
+    assert abs(mean - kl) < 3 * error
+    assert error < 0.02 * kl
+    length = (logp.exp() * MASK[:n].sum(-1)).sum().item()
+    mean, error = mean_se(columns["length"])
+    assert abs(mean - length) < 3 * error
+
+
+def test_evaluation_of_a_policy_against_itself(model):
+    """T54, T50: against its own weights the KL of every answer is exactly 0."""
+    columns = judge_policy(model, TOKENIZER, [Prompt(x, "") for x in PROMPTS], {}, OPTIONS, model, get_weights(model))
+    assert columns["kl"] == [0.0, 0.0]

@@ -1,0 +1,219 @@
+"""REINFORCE on a handful of numbers: every expected value is worked out in a comment."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_min.reinforce import MovingAverageBaseline, kl_estimate, policy_gradient_loss, prefix_kl, shaped_reward
+
+
+def tensor(values, **kwargs):
+    return torch.tensor(values, dtype=torch.float64, **kwargs)
+
+
+# two answers; the second ends after two tokens, and behind its end stands what a mask must hide
+LOGPROBS = [[-1.0, -2.0, -0.5], [-0.25, -1.0, -77.0]]
+REF_LOGPROBS = [[-1.5, -2.5, -1.0], [-0.5, -0.5, math.nan]]
+MASK = [[True, True, True], [True, True, False]]
+
+
+def test_shaped_reward_value():
+    """T14: R = r − β kl: a positive KL lowers the reward."""
+    shaped = shaped_reward(tensor([1.0, 2.0]), tensor([0.5, -3.0]), 0.1)
+    torch.testing.assert_close(shaped, tensor([0.95, 2.3]))  # 1 − .1 · .5, 2 + .1 · 3
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_beta_is_not_divided(batch):
+    """T15: with a log-ratio of 4 and β = .25 every reward of 3 becomes 2, whatever the batch size."""
+    shaped = shaped_reward(torch.full((batch,), 3.0), torch.full((batch,), 4.0), 0.25)
+    assert shaped.tolist() == [2.0] * batch
+
+
+def test_shaped_reward_leaves_reward_alone():
+    """T16: the raw reward is logged after shaping, so shaping must not change it (or the KL) in place."""
+    reward, kl = tensor([1.0, 2.0]), tensor([0.5, -3.0])
+    shaped_reward(reward, kl, 0.1)
+    assert reward.tolist() == [1.0, 2.0]
+    assert kl.tolist() == [0.5, -3.0]
+
+
+def test_shaped_reward_is_constant():
+    """T14: the shaped reward is detached, though reward and KL may carry gradients."""
+    reward, kl = tensor([1.0], requires_grad=True), tensor([0.5], requires_grad=True)
+    assert not shaped_reward(reward, kl, 0.1).requires_grad
+
+
+def test_baseline_sees_only_the_past():
+    """T17: scripted rewards 1, 2, 3 meet the baselines 0, 1, 1.5, so the advantages are 1, 1, 1.5."""
+    baseline, advantages = MovingAverageBaseline(), []
+    for reward in (1.0, 2.0, 3.0):
+        advantages.append(reward - baseline.value)
+        baseline.update(tensor([reward]))
+    assert advantages == [1.0, 1.0, 1.5]
+    assert baseline.value == 2.0
+
+
+def test_baseline_averages_answers():
+    """T17: two steps of two answers: the mean of all four; duplicating every answer leaves it unchanged."""
+    once, twice = MovingAverageBaseline(), MovingAverageBaseline()
+    for rewards in (tensor([1.0, 2.0]), tensor([-4.0, 9.0])):
+        once.update(rewards)
+        twice.update(torch.cat([rewards, rewards]))
+    assert once.value == twice.value == 2.0  # (1 + 2 − 4 + 9) / 4
+    assert isinstance(once.value, float)  # no graph is kept over steps
+
+
+def test_baseline_adds_up_in_float64():
+    """T17: rewards are summed in float64: 1001 times 1/8 is 125.125, which bfloat16 would round to 125."""
+    baseline = MovingAverageBaseline()
+    for _ in range(7):
+        baseline.update(torch.full((1001,), 0.125, dtype=torch.bfloat16))
+    assert baseline.value == 0.125
+
+
+def test_kl_estimates_by_hand():
+    """T11: d is the *sum* over the answer's tokens, policy minus reference, and k2 and k3 are taken of that sum."""
+    # answer 1: d = .5 + .5 + .5 = 1.5;  answer 2, two tokens: d = .25 − .5 = −.25
+    arguments = tensor(LOGPROBS), tensor(REF_LOGPROBS), torch.tensor(MASK)
+    torch.testing.assert_close(kl_estimate(*arguments), tensor([1.5, -0.25]))  # k1 is the default
+    torch.testing.assert_close(kl_estimate(*arguments, kind="k1"), tensor([1.5, -0.25]))
+    # d²/2 = 1.125, .03125 (token by token it would be .375 for answer 1)
+    torch.testing.assert_close(kl_estimate(*arguments, kind="k2"), tensor([1.125, 0.03125]))
+    # e^(−1.5) − 1 + 1.5 = .2231302 + .5;  e^.25 − 1 − .25 = 1.2840254 − 1.25
+    torch.testing.assert_close(kl_estimate(*arguments, kind="k3"), tensor([0.7231302, 0.0340254]), atol=1e-7, rtol=0)
+
+
+def test_kl_estimate_refuses_another_kind():
+    """T58: an unknown estimator is an error, not a silent default."""
+    with pytest.raises(ValueError, match="k4"):
+        kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), kind="k4")
+
+
+def test_kl_of_a_model_with_itself():
+    """T54: identical log-probs give exactly 0 for every estimator, also for k3 near 0, where e^(−d) − 1 would not."""
+    logprobs, mask = torch.randn(3, 4), torch.ones(3, 4, dtype=torch.bool)
+    for kind in ("k1", "k2", "k3"):
+        assert kl_estimate(logprobs, logprobs.clone(), mask, kind).tolist() == [0.0, 0.0, 0.0]
+    logits = torch.randn(3, 4, 5)
+    assert prefix_kl(logits, logits.clone(), mask).tolist() == [0.0, 0.0, 0.0]
+    # d = 1e−9: k3 = d²/2 = 5e−19, far below the 1e−16 that rounding would leave
+    tiny = kl_estimate(tensor([[1e-9]]), tensor([[0.0]]), torch.tensor([[True]]), "k3")
+    assert abs(tiny.item()) < 1e-17
+
+
+def test_kl_adds_over_tokens_and_not_over_the_batch():
+    """T11: the KL of an answer in two halves is the sum of the halves'; a duplicated batch has the same mean KL."""
+    logprobs, ref_logprobs, mask = torch.randn(3, 6), torch.randn(3, 6), torch.ones(3, 6, dtype=torch.bool)
+    whole = kl_estimate(logprobs, ref_logprobs, mask)
+    halves = [kl_estimate(logprobs[:, h], ref_logprobs[:, h], mask[:, h]) for h in (slice(3), slice(3, 6))]
+    torch.testing.assert_close(whole, sum(halves))
+    double = kl_estimate(*(torch.cat([x, x]) for x in (logprobs, ref_logprobs, mask)))
+    torch.testing.assert_close(double.mean(), whole.mean())
+
+
+def test_prefix_kl_by_hand():
+    """T53: Σ_t Σ_v π (log π − log π_ref), the policy first, tokens behind the mask left out, shifts ignored."""
+    # π = (.5, .5), π_ref = (.75, .25): .5 log(.5/.75) + .5 log(.5/.25) = .1438410;  the other way round .1308120
+    even, uneven = tensor([0.5, 0.5]).log(), tensor([0.75, 0.25]).log()
+    logits = torch.stack([even, uneven, even])[None]  # (1, 3, 2)
+    ref_logits = torch.stack([uneven, even, uneven])[None] + 7.0  # logits, not log-probs: a constant must not matter
+    mask = torch.tensor([[True, True, False]])
+    kl = prefix_kl(logits, ref_logits, mask)
+    assert kl.shape == (1,)
+    assert kl.item() == pytest.approx(0.1438410 + 0.1308120, abs=1e-6)
+
+
+def test_prefix_kl_hides_what_is_behind_the_end():
+    """T1: NaN logits behind the first EOS (of padding, say) do not reach the KL."""
+    logits, mask = torch.zeros(1, 2, 3), torch.tensor([[True, False]])
+    assert prefix_kl(logits, torch.tensor([[[0.0] * 3, [math.nan] * 3]]), mask).item() == pytest.approx(0.0, abs=1e-7)
+
+
+def test_policy_gradient_loss_value():
+    """T13: L = −mean_B [A Σ_t log π]: minus, a sum over tokens, a mean over answers."""
+    # sums −3.5 and −1.25 (the third token of the second answer is masked); −(2 · −3.5 − 4 · −1.25) / 2 = 1
+    loss = policy_gradient_loss(tensor(LOGPROBS), tensor([2.0, -4.0]), torch.tensor(MASK))
+    assert loss.item() == pytest.approx(1.0)
+
+
+def test_policy_gradient_loss_gradient():
+    """T61: every token of an answer gets −A/B, no token behind its end gets any: token- and answer-level agree."""
+    logprobs = tensor(LOGPROBS, requires_grad=True)
+    policy_gradient_loss(logprobs, tensor([2.0, -4.0]), torch.tensor(MASK)).backward()
+    torch.testing.assert_close(logprobs.grad, tensor([[-1.0, -1.0, -1.0], [2.0, 2.0, 0.0]]))
+
+
+def test_masked_infinities_do_not_poison():
+    """T1: −inf behind the first EOS (a forbidden pad, say) leaves value and gradient finite."""
+    logprobs = tensor([[-1.0, -math.inf]], requires_grad=True)
+    loss = policy_gradient_loss(logprobs, tensor([1.0]), torch.tensor([[True, False]]))
+    loss.backward()
+    assert loss.item() == 1.0
+    assert logprobs.grad.tolist() == [[-1.0, 0.0]]
+
+
+def test_advantage_is_a_constant():
+    """T14: no gradient flows into the advantage, even if the caller forgot to detach it."""
+    logprobs, mask = tensor(LOGPROBS, requires_grad=True), torch.tensor(MASK)
+    advantage = kl_estimate(logprobs, tensor(REF_LOGPROBS), mask)
+    policy_gradient_loss(logprobs, advantage, mask).backward()
+    # A = (1.5, −.25) as constants: −A/B = −.75 and .125
+    torch.testing.assert_close(logprobs.grad, tensor([[-0.75] * 3, [0.125, 0.125, 0.0]]))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 3), (1,), (3,), ()])
+def test_advantage_of_another_shape_is_refused(shape):
+    """T24: an advantage that is not (B,) would broadcast against the (B,) answers; it is refused."""
+    with pytest.raises(ValueError, match="advantage"):
+        policy_gradient_loss(tensor(LOGPROBS), torch.ones(shape), torch.tensor(MASK))
+
+
+def test_duplicated_batch_leaves_loss_and_gradient():
+    """T11: the batch is a mean: the same answers twice give the same loss and the same gradient."""
+    theta = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    advantage, mask = tensor([2.0, -4.0]), torch.tensor(MASK)
+    once = policy_gradient_loss(theta, advantage, mask)
+    twice = policy_gradient_loss(*(torch.cat([x, x]) for x in (theta, advantage, mask)))
+    torch.testing.assert_close(twice, once)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, theta)[0] for loss in (twice, once)))
+
+
+def test_bandit_gradient_is_exact():
+    """T13: on a three-armed bandit the loss, weighted by the probabilities, has the gradient −∂/∂θ Σ_a π_a r_a."""
+    theta, rewards = tensor([0.3, -0.2, 0.1], requires_grad=True), tensor([0.0, 0.5, 1.0])
+    exact = torch.autograd.grad(theta.softmax(-1) @ rewards, theta)[0]
+    probabilities = theta.softmax(-1).detach()
+    advantage = 3 * probabilities * (rewards - 0.7)  # a mean over three arms is the expectation; the baseline drops out
+    loss = policy_gradient_loss(theta.log_softmax(-1)[:, None], advantage, torch.ones(3, 1, dtype=torch.bool))
+    torch.testing.assert_close(torch.autograd.grad(loss, theta)[0], -exact)
+
+
+def test_bandit_learns():
+    """T13: the right sign: 60 sampled steps raise the best arm's probability from a tenth to above .9."""
+    theta = tensor([1.0, 1.0, -1.0], requires_grad=True)
+    rewards, baseline, mask = tensor([0.0, 0.5, 1.0]), MovingAverageBaseline(), torch.ones(32, 1, dtype=torch.bool)
+    assert theta.softmax(-1)[2] < 0.1
+    for _ in range(60):
+        arms = torch.multinomial(theta.softmax(-1).detach(), 32, replacement=True)  # (B,)
+        logprobs = theta.log_softmax(-1)[arms, None]  # (B, 1)
+        shaped = shaped_reward(rewards[arms], torch.zeros(32), 0.1)
+        loss = policy_gradient_loss(logprobs, shaped - baseline.value, mask)
+        theta.data -= torch.autograd.grad(loss, theta)[0]
+        baseline.update(shaped)
+    assert theta.softmax(-1)[2] > 0.9
+
+
+def test_baseline_lowers_the_variance():
+    """T17: with rewards far from 0 the past mean removes most of the spread of the gradient; that is what it is for."""
+    theta, rewards = tensor([0.3, -0.2, 0.1], requires_grad=True), tensor([10.0, 10.5, 11.0])
+
+    def variance(value):  # Var over arms of (R − b) ∇ log π, summed over coordinates, by enumeration
+        scores = torch.stack([torch.autograd.grad(theta.log_softmax(-1)[a], theta)[0] for a in range(3)])  # (3, 3)
+        samples, p = (rewards - value)[:, None] * scores, theta.softmax(-1).detach()[:, None]
+        return ((p * samples**2).sum(0) - (p * samples).sum(0) ** 2).sum().item()
+
+    baseline = MovingAverageBaseline()
+    baseline.update(rewards)
+    assert variance(baseline.value) < variance(0.0) / 100

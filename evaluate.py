@@ -14,7 +14,7 @@ import torch
 
 import train_rm
 from rlhf_min import toy
-from rlhf_min.data import load_prompts, shuffle, without
+from rlhf_min.data import check_source, load_prompts, shuffle, without
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.evaluation import (
     format_table,
@@ -25,7 +25,7 @@ from rlhf_min.evaluation import (
     sweep_front,
     win_rate,
 )
-from rlhf_min.models import get_weights, load_policy
+from rlhf_min.models import find_model, get_weights, load_policy
 from rlhf_min.options import option, parse_options
 from rlhf_min.plots import plot_front
 from rlhf_min.precision import pick_device, pick_precision
@@ -51,7 +51,7 @@ class EvaluateOptions:
     temperature: float = option(0.7, "of sampling and of the policies whose KL is measured", low=0.01)
     max_length: int = option(64, "tokens of prompt and answer", low=2)
     batch_size: int = option(64, "prompts at a time", low=1)
-    seed: int = option(42, "seed of the prompts, the samples and the bootstrap")
+    seed: int = option(42, "seed of the prompts, the samples and the bootstrap", low=0, high=2**31 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: str = option("auto", "mixed precision", choices=["auto", "fp32", "bf16", "fp16"])
 
@@ -94,7 +94,7 @@ def sweep(run, judges, options, device):
     """The front of a WARP run, whose SFT policy its run.json names."""
     try:
         sft_name = json.loads(Path(run, "run.json").read_text())["options"]["policy"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--front {run}: no run.json of a WARP run in it") from None
     if not Path(run, "merged").is_dir():
         raise UserError(f"--front {run}: no merged/ in it; did the run finish?")
@@ -120,20 +120,27 @@ def main(argv=None):
     options.precision = pick_precision(options.precision, device)
     if options.front and options.policies:
         raise UserError("--front and --policies exclude each other; run evaluate.py twice")
-    if options.prompts == toy.PROMPTS or not options.judges:
-        train_rm.ensure_toy_world()
+    log = RunLog("evaluate", options)
     if not options.front and not options.policies:
         options.policies = [toy.POLICY, newest_warp_run()]
+    if options.prompts == toy.PROMPTS:
+        toy.ensure_texts()
+    for source in (options.prompts, options.exclude):
+        check_source(source)
+    if not options.judges or toy.POLICY in options.policies:
+        train_rm.ensure_toy_world()
     options.judges = options.judges or [f"reward={toy.REWARD_MODEL}", *toy.JUDGES]
+    for name in options.policies:
+        find_model(name)
     judges = load_judges(options.judges, device)
-    log = RunLog("evaluate", options)
 
     if options.front:
-        fronts = {run: sweep(run, judges, options, device) for run in log.progress(options.front, "fronts")}
+        fronts = {run: sweep(run, judges, options, device) for run in options.front}
         rows = [{"run": run, **row} for run, front in fronts.items() for row in front]
     else:
         rows = compare(judges, options, device)
         fronts = {row["policy"]: [row] for row in rows if row["kl"] == row["kl"]}  # KL is NaN across tokenizers
+    log.begin()
     names = [name for name in rows[-1] if not name.endswith(("_se", "_low", "_high"))]
     table = format_table(rows, names)
     print("\n" + table + "\n")

@@ -1,7 +1,7 @@
 """Train a reward model on preference pairs: a classifier with one label under the Bradley–Terry loss.
 
     python train_rm.py                                      # the embedded world, in seconds
-    python train_rm.py --data pairs.jsonl --base gpt2 --out runs/rm
+    python train_rm.py --data pairs.jsonl --base openai-community/gpt2 --out runs/rm
 
 The base is any model that transformers can put a classification head on. Its answers are read as the policy writes
 them (reward_model.encode_answer), so training and scoring cannot differ.
@@ -44,13 +44,13 @@ class RewardModelOptions:
     weight_decay: float = option(0.0, "AdamW weight decay", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", low=0)
     center_coefficient: float = option(0.01, "c of the centering term c (r_w + r_l)²; 0 leaves it out", low=0)
-    max_length: int = option(512, "tokens; longer pairs are dropped, longer labelled texts keep their beginning", low=2)
+    max_length: int = option(512, "tokens; longer pairs are dropped, longer labelled texts keep their beginning", low=8)
     eval_every: int = option(50, "optimizer steps between validations", low=1)
     keep: str = option(
         "best", "save the weights of the best validation loss or the last ones", choices=["best", "last"]
     )
     accept_weak: bool = option(False, "save the model even if it does not beat chance by 3 standard errors")
-    seed: int = option(42, "seed of the head, the order of the pairs and dropout")
+    seed: int = option(42, "seed of the head, the order of the pairs and dropout", low=0, high=2**31 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: str = option("auto", "mixed precision", choices=["auto", "fp32", "bf16", "fp16"])
 
@@ -131,7 +131,7 @@ def train(model, tokenizer, train_rows, eval_rows, options, log):
 def load_base(options, device):
     """A classifier with one label on top of the base, whose pad token is not EOS, so that all libraries see the EOS."""
     torch.manual_seed(options.seed)
-    model, tokenizer = load_classifier(options.base, device, num_labels=1)
+    model, tokenizer = load_classifier(options.base, device, new_head=True)
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         model.resize_token_embeddings(len(tokenizer))
@@ -151,15 +151,20 @@ def main(argv=None):
     options = parse_options(RewardModelOptions, argv)
     device = pick_device(options.device)
     options.precision = pick_precision(options.precision, device)
-    if options.base == toy.POLICY or options.data == toy.TRAIN_PAIRS:
-        toy.ensure_policy()
+    log = RunLog("rm", options)
+    if options.data == toy.TRAIN_PAIRS:
+        toy.ensure_texts()
         options.eval_data = options.eval_data or toy.EVAL_PAIRS
-    train_pairs = load_pairs(options.data)
-    eval_pairs = load_pairs(options.eval_data) if options.eval_data else []
+    train_pairs, unpaired = load_pairs(options.data)
+    eval_pairs, _ = load_pairs(options.eval_data) if options.eval_data else ([], 0)
+    if options.base == toy.POLICY:
+        toy.ensure_policy()
     model, tokenizer = load_base(options, device)
     options.max_length = min(options.max_length, context_length(model))
 
     train_rows, dropped = encode_pairs(train_pairs, tokenizer, options.max_length)
+    if unpaired:
+        dropped["without a partner of the other label"] = unpaired
     if options.eval_data:
         eval_rows, _ = encode_pairs(eval_pairs, tokenizer, options.max_length)
     else:
@@ -170,12 +175,15 @@ def main(argv=None):
     if len(train_rows) < options.batch_size or not eval_rows:
         raise UserError(f"{options.data}: {len(train_rows)} pairs to train and {len(eval_rows)} to validate on are too "
                         f"few (dropped: {reasons}); lower --batch-size, raise --max-length or give more")  # fmt: skip
-    log = RunLog("rm", options)
+    threshold = 0.5 + 3 * math.sqrt(0.25 / len(eval_rows))  # chance + 3 standard errors
+    if threshold >= 1 and not options.accept_weak:
+        raise UserError(f"{len(eval_rows)} validation pairs cannot tell a reward model from chance; give 10 at least "
+                        "(--eval-data, --eval-fraction), or insist with --accept-weak")  # fmt: skip
+    log.begin()
     print(f"pairs: {len(train_rows)} to train on, {len(eval_rows)} to validate on; dropped: {reasons}")
 
     validation = train(model, tokenizer, train_rows, eval_rows, options, log)
     accuracy = validation["eval_accuracy"]
-    threshold = 0.5 + 3 * math.sqrt(0.25 / len(eval_rows))
     weak = accuracy <= threshold
     if not weak or options.accept_weak:
         save_model(model, tokenizer, log.folder / "model")

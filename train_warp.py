@@ -16,7 +16,7 @@ import torch
 
 import train_rm
 from rlhf_min import toy, warp
-from rlhf_min.data import batches, load_prompts, split_prompts
+from rlhf_min.data import batches, check_source, load_prompts, split_prompts
 from rlhf_min.errors import one_line_errors
 from rlhf_min.evaluation import format_table, load_judges, sweep_front
 from rlhf_min.models import eos_token_ids, get_weights, load_policy, save_model, set_weights, trained_weights
@@ -53,7 +53,7 @@ class WarpOptions:
     merge_by: str = option("block", "tensors that share a SLERP angle", choices=["block", "tensor", "model"])
     temperature: float = option(0.7, "of sampling and scoring", low=0.01)
     max_length: int = option(64, "tokens of prompt and answer", low=2)
-    seed: int = option(42, "seed of prompts and sampling; every run derives its own")
+    seed: int = option(42, "seed of prompts and sampling; every run derives its own", low=0, high=2**31 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: str = option("auto", "mixed precision", choices=["auto", "fp32", "bf16", "fp16"])
 
@@ -93,7 +93,6 @@ def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, l
 
         # θ^m ← Opt(θ^m, A ∇ log π),  then  θ^m_ema ← (1−μ) θ^m_ema + μ θ^m
         optimizer.backward(policy_gradient_loss(logprobs, advantage, rollout.mask))
-        learning_rate = optimizer.lr
         grad_norm, moved = optimizer.step()
         used_baseline = baseline.value
         if moved:
@@ -108,7 +107,7 @@ def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, l
             "entropy": -(logprobs.detach()[rollout.mask]).mean().item(),
             "completions/mean_length": rollout.mask.sum(-1).float().mean().item(),
             "completions/clipped_ratio": 1 - rollout.ended.float().mean().item(),
-            "grad_norm": grad_norm, "learning_rate": learning_rate,
+            "grad_norm": grad_norm, "learning_rate": optimizer.lr,
         }, show=["reward", "kl"])  # fmt: skip
     return get_weights(policy)
 
@@ -150,17 +149,21 @@ def main(argv=None):
     options = parse_options(WarpOptions, argv)
     device = pick_device(options.device)
     options.precision = pick_precision(options.precision, device)
-    if options.policy == toy.POLICY or options.reward_model == toy.REWARD_MODEL or options.prompts == toy.PROMPTS:
+    log = RunLog("warp", options)
+    if options.prompts == toy.PROMPTS:
+        toy.ensure_texts()
+        options.judges = options.judges or toy.JUDGES
+    for source in (options.prompts, options.eval_prompts):
+        check_source(source)
+    if options.policy == toy.POLICY or options.reward_model == toy.REWARD_MODEL:
         train_rm.ensure_toy_world()
-    if options.prompts == toy.PROMPTS and not options.judges:
-        options.judges = toy.JUDGES
     policy, tokenizer = load_policy(options.policy, device, options.max_length)
     judges = load_judges([f"reward={options.reward_model}", *options.judges], device)
     prompts, eval_prompts = (load_prompts(file, tokenizer, options.prompt_tokens, options.max_length) if file else []
                              for file in (options.prompts, options.eval_prompts))  # fmt: skip
     generator = torch.Generator().manual_seed(options.seed)
     prompts, eval_prompts = split_prompts(prompts, eval_prompts, options.num_eval_prompts, generator)
-    log = RunLog("warp", options)
+    log.begin()
 
     sft, merged, init, geometry = train_warp(policy, tokenizer, judges["reward"], prompts, options, log)
 

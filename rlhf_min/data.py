@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 
 class Pair(NamedTuple):
@@ -38,9 +38,8 @@ def read_rows(source):
     Lines end at the byte 0x0A alone: str.splitlines would also cut at U+0085 and U+2028, which reviews contain.
     """
     path = Path(source)
+    check_source(source)
     if not path.is_file():
-        if path.exists() or path.suffix in {".jsonl", ".gz", ".json", ".txt"} or not _is_hub_name(source):
-            raise UserError(f"{source}: no such file; give a .jsonl or .jsonl.gz file or a hub data set owner/name")
         yield from _hub_rows(source)
         return
     count = 0
@@ -59,16 +58,21 @@ def read_rows(source):
         raise UserError(f"{source}: the file is empty; it needs at least one line")
 
 
+def check_source(source):
+    """UserError unless `source` is a file, empty, or could be a hub data set. Quick: scripts call it first."""
+    path = Path(source)
+    is_hub_name = source.partition(":")[0].count("/") == 1 and not source.startswith(("/", "."))
+    is_hub_name &= not path.exists() and path.suffix not in {".jsonl", ".gz", ".json", ".txt"}
+    if source and not path.is_file() and not is_hub_name:
+        raise UserError(f"{source}: no such file; give a .jsonl or .jsonl.gz file or a hub data set owner/name")
+
+
 def _read_lines(path):
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             yield from file  # bytes split at b"\n" only
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}; is it a whole file?") from None
-
-
-def _is_hub_name(source):
-    return source.partition(":")[0].count("/") == 1 and not source.startswith(("/", "."))
 
 
 def _hub_rows(source):
@@ -84,7 +88,7 @@ def _hub_rows(source):
     try:
         rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises a dozen kinds; all mean that the name or the split is wrong
-        raise UserError(f"{name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name}: {first_line(error)}") from None
     for number, row in enumerate(rows, 1):
         yield f"{source}, row {number}", row
 
@@ -102,7 +106,15 @@ def _text(row, key, where):
         raise UserError(f"{where}: field '{key}' must be text, but is {found}")
     if not value.strip():
         raise UserError(f"{where}: field '{key}' is empty")
+    _check_unicode(value, where)
     return value
+
+
+def _check_unicode(value, where):
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        raise UserError(f"{where}: the text has half of a surrogate pair (\\ud800 to \\udfff); remove it") from None
 
 
 def _is_conversation(value):
@@ -113,6 +125,7 @@ def _check_messages(messages, key, where):
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise UserError(f"{where}: every message of '{key}' needs a 'role' and a 'content', both text")
+        _check_unicode(message["role"] + message["content"], where)
 
 
 def _answer(messages, key, where):
@@ -144,7 +157,10 @@ def _pair(row, where):
 
 
 def load_pairs(source):
-    """Preference pairs, or labelled texts paired by the WARP report's recipe: the i-th good with the i-th bad text."""
+    """Preference pairs, or labelled texts paired by the WARP report's recipe: the i-th good with the i-th bad text.
+
+    Returns the pairs and how many labelled texts found no partner.
+    """
     pairs, good, bad = [], [], []
     for where, row in read_rows(source):
         if "label" in row and "chosen" not in row:
@@ -157,7 +173,7 @@ def load_pairs(source):
     pairs += [Pair("", chosen, rejected, False) for chosen, rejected in zip(good, bad)]
     if not pairs:
         raise UserError(f"{source}: no pair; labelled texts need both labels, 1 and 0")
-    return pairs
+    return pairs, abs(len(good) - len(bad))
 
 
 def _prompt(row, where):
@@ -225,11 +241,13 @@ def encode_prompt(tokenizer, prompt):
 def apply_chat_template(tokenizer, messages, **kwargs):
     """The conversation as one string; UserError where the tokenizer has no template or the template refuses."""
     if tokenizer.chat_template is None:
-        raise UserError("the data are conversations, but the tokenizer has no chat template; use plain-text data")
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template for messages; use data of plain text"
+        )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except Exception as error:  # templates are programs: they raise what they like
-        raise UserError(f"the tokenizer's chat template refuses a conversation: {error}") from None
+        raise UserError(f"{tokenizer.name_or_path}: its chat template refuses a conversation: {error}") from None
 
 
 def shuffle(items, generator):

@@ -14,6 +14,8 @@ from .reward_model import load_judge
 from .rollout import completion_logits, decode_completions, sample
 from .warp import interpolate
 
+COLUMNS = {"prompt", "completion", "length", "ended", "kl", "eos_rate", "distinct_2", "eta", "policy", "run"}
+
 
 def load_judges(specs, device, max_length=512):
     """{name: judge} from `name=spec` or plain `spec`, whose name is then its last part."""
@@ -22,8 +24,8 @@ def load_judges(specs, device, max_length=512):
         name, equals, rest = spec.partition("=")
         if not equals:
             name, rest = spec.rstrip("/").replace("/", ".").rpartition(".")[2], spec
-        if name in judges:
-            raise UserError(f"two judges are called {name}; write other-name={rest}")
+        if name in judges or name in COLUMNS:
+            raise UserError(f"--judges {spec}: the name {name} is taken; write other-name={rest}")
         judges[name] = load_judge(rest, device, max_length)
     return judges
 

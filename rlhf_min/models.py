@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 logging.set_verbosity_error()  # e.g. the long report that a classifier's head is new, which train_rm says in one line
 logging.disable_progress_bar()
@@ -52,13 +52,13 @@ def _load(auto_class, name, **kwargs):
         return auto_class.from_pretrained(source, local_files_only=True, **kwargs)
     except Exception as error:  # unreadable files raise a dozen kinds of exception, from OSError to RuntimeError
         if Path(source).exists():
-            raise UserError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{name} cannot be loaded: {first_line(error)}") from None
     if not hub_reachable():
         raise UserError(f"{name}: no such folder, not in the hub's cache, and the hub cannot be reached")
     try:
         return auto_class.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} cannot be loaded from the hub: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name} cannot be loaded from the hub: {first_line(error)}") from None
 
 
 def load_tokenizer(name):
@@ -81,12 +81,24 @@ def load_policy(name, device, max_length):
     tokenizer = load_tokenizer(name)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has no EOS token, so no answer could end; set eos_token in its config")
-    model = _load(AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds fewer: they do not match")
+    model = _load_weights(AutoModelForCausalLM, name, tokenizer)
+    if _is_classifier(model):
+        raise UserError(f"{name} is a classifier, not a language model; name a policy")
     if max_length > context_length(model):
         raise UserError(f"{name} reads at most {context_length(model)} tokens; lower --max-length {max_length}")
     return model.to(device).eval(), tokenizer
+
+
+def _load_weights(auto_class, name, tokenizer, **config):
+    model = _load(auto_class, name, dtype=torch.float32, use_safetensors=True, **config)
+    embedded = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embedded:
+        raise UserError(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds {embedded}: no match")
+    return model
+
+
+def _is_classifier(model):
+    return any("SequenceClassification" in name for name in model.config.architectures or [])
 
 
 def context_length(model):
@@ -94,13 +106,20 @@ def context_length(model):
     return getattr(model.config, "max_position_embeddings", None) or 10**9
 
 
-def load_classifier(name, device, **config):
-    """(model, tokenizer) of a sequence classifier, in float32; a backbone without such a head gets a new one.
+def load_classifier(name, device, new_head=False):
+    """(model, tokenizer) of a sequence classifier with one label, in float32.
 
-    `config` overrides entries of the model's configuration, such as num_labels.
+    With `new_head` any model will do, and gets such a head. Otherwise UserError for what is no reward model.
     """
     tokenizer = load_tokenizer(name)
-    model = _load(AutoModelForSequenceClassification, name, dtype=torch.float32, use_safetensors=True, **config)
+    config = {"num_labels": 1} if new_head else {}
+    model = _load_weights(AutoModelForSequenceClassification, name, tokenizer, **config)
+    if not new_head and not _is_classifier(model):
+        raise UserError(
+            f"{name} is a {model.config.architectures}, no sequence classifier; train_rm.py makes one of it"
+        )
+    if model.config.num_labels != 1:
+        raise UserError(f"{name}: a classifier with {model.config.num_labels} labels; a reward model has 1")
     return model.to(device), tokenizer
 
 

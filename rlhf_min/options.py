@@ -46,7 +46,7 @@ def _config_as_flags(path, names):
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 is no date
         raise UserError(f"--config {path} is not YAML: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"--config {path} must hold lines of the form 'option: value'")

@@ -17,7 +17,9 @@ def pick_device(name):
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):  # torch raises either for a device that is unknown or not there
-        raise UserError(f"--device {name} is not to be had on this machine; try --device cpu") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not to be had on this machine; try --device cpu")
     return device
 
 
@@ -56,10 +58,7 @@ class Optimizer:
             return min(warmup, decay)
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, rate)
-
-    @property
-    def lr(self):
-        return self.schedule.get_last_lr()[0]
+        self.lr = lr  # of the last step
 
     def backward(self, loss):
         """Add the gradient of `loss`, a scalar. A loss that is not finite stops the run."""
@@ -74,9 +73,10 @@ class Optimizer:
         moved = math.isfinite(grad_norm)
         if not moved and not self.scaler.is_enabled():
             raise UserError(f"the gradient norm is {grad_norm}: the run diverged; lower --lr, or try --precision fp32")
-        self.scaler.step(self.adam)  # float16: leaves the weights alone where a gradient is not finite
-        self.scaler.update()  # and halves the scale then
-        self.adam.zero_grad(set_to_none=True)
+        self.lr = self.schedule.get_last_lr()[0]
         if moved:
+            self.scaler.step(self.adam)
             self.schedule.step()
+        self.scaler.update()  # halves the scale if unscale_ met a gradient that is not finite
+        self.adam.zero_grad(set_to_none=True)
         return grad_norm, moved

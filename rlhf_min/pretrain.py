@@ -14,7 +14,7 @@ from tokenizers.processors import ByteLevel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from .data import batches, read_texts
-from .errors import one_line_errors
+from .errors import UserError, one_line_errors
 from .models import save_model
 from .options import option, parse_options
 from .precision import Optimizer, autocast, pick_device, pick_precision
@@ -37,7 +37,7 @@ class PretrainOptions:
     batch_size: int = option(64, "texts a step", low=1)
     lr: float = option(3e-3, "AdamW learning rate after a warm-up of 5 %, decayed to 0", low=0)
     weight_decay: float = option(0.01, "AdamW weight decay", low=0)
-    seed: int = option(42, "seed of the initial weights and of the order of the texts")
+    seed: int = option(42, "seed of the initial weights and of the order of the texts", low=0, high=2**31 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: str = option("auto", "mixed precision", choices=["auto", "fp32", "bf16", "fp16"])
 
@@ -85,13 +85,16 @@ def main(argv=None):
     options = parse_options(PretrainOptions, argv)
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
-    texts = list(read_texts(options.data))
+    if options.width % 32:
+        raise UserError(f"--width {options.width} must be a multiple of 32, the size of a head")
     log = RunLog("pretrain", options)
+    texts = list(read_texts(options.data))
+    log.begin()
     torch.manual_seed(options.seed)
     tokenizer = train_tokenizer(texts, options.vocab_size)
     eos = [tokenizer.eos_token_id]
     rows = [ids + eos for ids in tokenizer(texts)["input_ids"]]
-    rows = [row[i : i + options.max_length] for row in rows for i in range(0, len(row), options.max_length)]
+    rows = [row[i : i + options.max_length] for row in rows for i in range(0, len(row) - 1, options.max_length)]
     model = build_model(tokenizer, options.layers, options.width, options.max_length).to(device)
     steps = max(1, options.epochs * len(rows) // options.batch_size)
     optimizer = Optimizer(model.parameters(), options.lr, device, precision, warmup_steps=steps // 20,

@@ -5,7 +5,6 @@ TRL's signature f(prompts, completions, **columns) -> list[float], whose sigma i
 """
 
 import importlib
-import math
 import sys
 from pathlib import Path
 
@@ -107,10 +106,10 @@ class RewardFunction:
             raise UserError(f"reward function {self.name} must return a list of numbers") from None
         if len(values) != len(completions):
             raise UserError(f"reward function {self.name}: {len(values)} numbers for {len(completions)} answers")
-        bad = [value for value in values if not math.isfinite(value)]
-        if bad:
-            raise UserError(f"reward function {self.name} returned {bad[0]}; every reward must be finite")
         reward = torch.tensor(values, device=self.device)
+        if not reward.isfinite().all():
+            value = values[reward.isfinite().int().argmin()]
+            raise UserError(f"reward function {self.name} returned {value}; every reward must be finite in float32")
         return reward, torch.zeros_like(reward)
 
 
@@ -119,12 +118,6 @@ def load_judge(spec, device, max_length=512):
     if not Path(spec).exists() and "/" not in spec and "." in spec:
         return RewardFunction(_import_function(spec), spec, device)
     model, tokenizer = load_classifier(spec, device)
-    if not any("SequenceClassification" in name for name in model.config.architectures or []):
-        raise UserError(
-            f"{spec} is a {model.config.architectures}, no sequence classifier; train_rm.py makes one of it"
-        )
-    if model.config.num_labels != 1:
-        raise UserError(f"{spec}: a classifier with {model.config.num_labels} labels; a reward model has 1")
     return RewardModel(model, tokenizer, max_length)
 
 
@@ -133,10 +126,8 @@ def _import_function(spec):
     sys.path.insert(0, "")  # so that a module beside the user's prompt is found, as python -m does
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{spec}: no module {error.name!r}; a reward is a model folder or package.module.function"
-        ) from None
+    except (ModuleNotFoundError, ValueError, TypeError) as error:  # the latter two for leading dots
+        raise UserError(f"{spec}: {error}; a reward is a model folder or package.module.function") from None
     except AttributeError:
         raise UserError(f"{spec}: module {module_name} has no function {function_name}") from None
     finally:

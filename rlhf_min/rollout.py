@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from .errors import UserError
+
 
 class Rollout(NamedTuple):
     """Sampled answers, as token ids: they are scored as they are, never decoded and tokenised again."""
@@ -56,11 +58,12 @@ def _is_eos(tokens, eos_token_id):
 def sample(model, prompts, max_length, temperature, eos_token_id, pad_token_id, generator):
     """One answer to each prompt from π(· | x) = softmax(logits / temperature): no top-k, no top-p, no penalty.
 
-    A token is the inverse of the cumulated distribution at one uniform number, drawn beforehand on the CPU: the answer
-    to a prompt depends on its own numbers only, not on the rest of the batch or the device, and two policies can be
-    compared on the same numbers.
+    A token is the inverse of the cumulated distribution at one uniform number, drawn beforehand on the CPU: an answer
+    depends on its own T numbers only, not on the other answers or the device, and two policies can be compared on the
+    same numbers.
 
-    prompts: B lists of token ids; max_length bounds prompt plus answer. Returns a Rollout.
+    prompts: B lists of token ids; max_length bounds the longest prompt plus its answer, which gives T. Returns a
+    Rollout. Raises UserError for logits that are not finite.
     """
     tokens, attention_mask = (x.to(model.device) for x in left_pad(prompts, pad_token_id))  # (B, P)
     new = max_length - tokens.shape[1]
@@ -73,6 +76,8 @@ def sample(model, prompts, max_length, temperature, eos_token_id, pad_token_id, 
             position_ids=positions(attention_mask)[:, -inputs.shape[1] :],
         )  # fmt: skip
         cumulated = (output.logits[:, -1].double() / temperature).softmax(-1).cumsum(-1)  # (B, V)
+        if not cumulated[:, -1].isfinite().all():
+            raise UserError("the policy's logits are not finite: the run diverged; lower --lr")
         token = torch.searchsorted(cumulated, uniform[:, t : t + 1] * cumulated[:, -1:], right=True)  # (B, 1)
         token = token.masked_fill(ended[:, None], pad_token_id)
         answer.append(token)

@@ -17,21 +17,17 @@ from tqdm import tqdm
 from .errors import UserError
 
 
-def new_folder(out, script):
-    """`out` if it is free, else UserError; without `out` the first free runs/<script>-N."""
-    if out:
-        folder = Path(out)
-        if (folder / "run.json").exists() or (folder.is_dir() and any(folder.iterdir())):
-            raise UserError(f"--out {out} holds another run or other files; name a new folder, or remove that one")
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {out} is a file; name a new folder")
-    else:
+def free_folder(out, script):
+    """`out` if nothing is there, else UserError; without `out` the first free runs/<script>-N."""
+    if not out:
         numbers = (n for n in range(1, 10**6) if not Path("runs", f"{script}-{n}").exists())
-        folder = Path("runs", f"{script}-{next(numbers)}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be made: {error.strerror}") from None
+        return Path("runs", f"{script}-{next(numbers)}")
+    folder = Path(out)
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise UserError(f"--out {out} cannot be made: {path} is a file; name a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--out {out} holds another run or other files; name a new folder, or remove that one")
     return folder
 
 
@@ -45,26 +41,33 @@ def git_commit():
 
 
 class RunLog:
-    """The folder of a run and what is written to it."""
+    """The folder of a run and what is written to it: nothing before `begin`, when all input has been read."""
 
     def __init__(self, script, options):
-        self.folder = new_folder(options.out, script)
+        self.script, self.options = script, options
+        self.folder = free_folder(options.out, script)
         self.start = time.perf_counter()
+        self._bar = None
+
+    def begin(self):
+        """Make the folder and write run.json."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.folder} cannot be made: {error.strerror}") from None
+        versions = {"python": platform.python_version()}
+        versions |= {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
         run = {
-            "script": script,
+            "script": self.script,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "options": dataclasses.asdict(options) | {"out": str(self.folder)},
-            "seed": options.seed,
+            "options": dataclasses.asdict(self.options) | {"out": str(self.folder)},
+            "seed": self.options.seed,
             "commit": git_commit(),
-            "versions": {
-                "python": platform.python_version(), "torch": torch.__version__,
-                "transformers": transformers.__version__, "tokenizers": tokenizers.__version__,
-            },
+            "versions": versions,
             "threads": torch.get_num_threads(),
-        }  # fmt: skip
+        }
         self._write("run.json", run)
         self._metrics = open(self.folder / "metrics.jsonl", "w", encoding="ascii", buffering=1)  # noqa: SIM115
-        self._bar = None
 
     def _write(self, name, values):
         (self.folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="ascii")
@@ -76,14 +79,13 @@ class RunLog:
 
     def step(self, show=(), **metrics):
         """Write a line of metrics.jsonl; names in `show` go behind the progress bar, too."""
-        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.write(json.dumps(_finite(metrics)) + "\n")
         if self._bar is not None:
             shown = show or ["loss"]
             self._bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown if name in metrics}, refresh=False)
 
     def metrics(self):
         """All lines written so far."""
-        self._metrics.flush()
         return [json.loads(line) for line in open(self.folder / "metrics.jsonl", encoding="ascii")]
 
     def finish(self, **summary):

@@ -167,10 +167,15 @@ def write_world(folder, seed=0, reviews=6000, train_pairs=2000, eval_pairs=400, 
     write_jsonl(folder / "prompts.jsonl", [{"text": opening} for opening in for_prompts])
 
 
-def ensure_policy():
-    """Make the world's texts and its policy, a tiny GPT-2 trained on the reviews, unless they are cached."""
+def ensure_texts():
+    """Write the world's texts, within a second, unless they are there."""
     if not Path(PROMPTS).exists():  # the last file that write_world writes
         write_world(FOLDER)
+
+
+def ensure_policy():
+    """Make the world's policy, a tiny GPT-2 trained on its reviews, unless it is cached."""
+    ensure_texts()
     ensure_run(POLICY, pretrain.main)
 
 

@@ -47,7 +47,7 @@ def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path, tiny_policy
     """T65: transformers 5 would keep a checkpoint's bfloat16; here every parameter is float32, in both loaders."""
     save_model(copy.deepcopy(tiny_policy).to(torch.bfloat16), tiny_tokenizer, tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
-    for model, _ in (load_policy(str(tmp_path), CPU, 32), load_classifier(str(tmp_path), CPU, num_labels=1)):
+    for model, _ in (load_policy(str(tmp_path), CPU, 32), load_classifier(str(tmp_path), CPU, new_head=True)):
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -124,7 +124,6 @@ def test_a_hub_name_is_loaded_where_the_hub_answers(monkeypatch):
         _load(Hub, "owner/name")
 
 
-@pytest.mark.xfail(strict=True, reason="str(error).splitlines()[0] of an empty message is an IndexError")
 def test_a_failure_without_a_message_is_one_line(monkeypatch):
     """An exception whose message is empty still gives a line that names the model."""
     monkeypatch.setattr("rlhf_min.models.hub_reachable", lambda: True)
@@ -254,7 +253,7 @@ def test_a_policy_needs_an_eos_token(tmp_path, tiny_policy, special, fragment):
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, tiny_policy):
     """A tokenizer with more tokens than the model embeds belongs to another model; a smaller one is fine."""
     save_model(tiny_policy, word_tokenizer(301, eos_token="w0"), tmp_path)
-    with pytest.raises(UserError, match="301 tokens, its model embeds fewer"):
+    with pytest.raises(UserError, match="301 tokens, its model embeds 300"):
         load_policy(str(tmp_path), CPU, 32)
     word_tokenizer(299, eos_token="w0").save_pretrained(tmp_path)
     assert len(load_policy(str(tmp_path), CPU, 32)[1]) == 299
@@ -268,7 +267,6 @@ def test_max_length_beyond_the_context_is_refused(folder, tiny_policy):
     load_policy(folder, CPU, 64)
 
 
-@pytest.mark.xfail(strict=True, reason="load_policy takes a classifier for a language model")
 def test_a_reward_model_is_no_policy(tmp_path, tiny_policy, tiny_tokenizer):
     """A classifier's folder given as --policy is refused: transformers would read its backbone as a language model."""
     save_model(GPT2ForSequenceClassification(tiny_policy.config), tiny_tokenizer, tmp_path)

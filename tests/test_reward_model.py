@@ -37,7 +37,6 @@ QUESTION = [{"role": "user", "content": "Great film?"}]
 PROMPTS = ["The film", "The plot was dull and the", "I"]
 ANSWERS = [" was great fun.", " cast slept.", " slept and the film was long."]
 MODULES = count()
-NO_MODULE = pytest.mark.xfail(strict=True, reason="import_module raises ValueError or TypeError for a leading dot")
 
 
 def gpt2(vocab_size, num_labels=1, **config):
@@ -302,14 +301,13 @@ def test_the_saved_judge_scores_like_the_trained_model(tmp_path, pair_files):
     flags = pair_files("rm", random_labels=False)
     train_rm.main([*flags, "--epochs", "1", "--accept-weak", "--eval-data", str(tmp_path / "pairs.jsonl")])
     judge = load_judge(str(tmp_path / "rm"), CPU)
-    rows, _ = train_rm.encode_pairs(load_pairs(str(tmp_path / "pairs.jsonl")), judge.tokenizer, 64)
+    rows, _ = train_rm.encode_pairs(load_pairs(str(tmp_path / "pairs.jsonl"))[0], judge.tokenizer, 64)
     options = train_rm.RewardModelOptions(precision="fp32")
     again = train_rm.evaluate_pairs(judge.model, rows, judge.tokenizer, options)
     summary = json.loads((tmp_path / "rm" / "summary.json").read_text())
     assert {name: summary[name] for name in again} == pytest.approx(again, abs=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="train_rm logs the learning rate of the next step")
 def test_the_learning_rate_in_the_log_is_the_one_that_was_used(tmp_path, pair_files):
     """Without a warm-up the first step takes --lr itself, and the last one does not take 0."""
     train_rm.main([*pair_files("rm", random_labels=False), "--epochs", "1", "--accept-weak"])
@@ -346,11 +344,10 @@ def test_the_base_gets_a_pad_token_of_its_own(tmp_path, tiny_policy):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="load_classifier does not compare tokenizer and embedding")
 def test_a_tokenizer_larger_than_the_judges_embedding_is_refused(tmp_path, tiny_tokenizer):
     """A judge whose tokenizer knows more tokens than its model embeds is refused, as a policy is."""
     save_model(gpt2(len(tiny_tokenizer) - 1), tiny_tokenizer, tmp_path)
-    with pytest.raises(UserError, match="do not match"):
+    with pytest.raises(UserError, match="300 tokens, its model embeds 299"):
         load_judge(str(tmp_path), CPU)
 
 
@@ -402,7 +399,6 @@ def test_a_function_in_the_working_directory_is_found(tmp_path, monkeypatch):
         pytest.param(
             "return [1.0, 1e39]",  # finite in Python, infinite in float32
             "must be finite",
-            marks=pytest.mark.xfail(strict=True, reason="a reward beyond float32 becomes infinite"),
         ),
         ("return [1.0]", "1 numbers for 2 answers"),
         ("return [1.0] * 3", "3 numbers for 2 answers"),
@@ -430,12 +426,12 @@ def test_an_error_inside_a_reward_function_keeps_its_traceback(tmp_path, monkeyp
 @pytest.mark.parametrize(
     "spec, fragment",
     [
-        ("no_such_module.f", "no module 'no_such_module'"),
-        ("rlhf_min.no_such_module.f", "no module 'rlhf_min.no_such_module'"),
+        ("no_such_module.f", "No module named 'no_such_module'"),
+        ("rlhf_min.no_such_module.f", "No module named 'rlhf_min.no_such_module'"),
         ("rlhf_min.toy.no_such_function", "has no function no_such_function"),
         ("rlhf_min.toy.FOLDER", "is not a function"),
-        pytest.param(".f", ".f", marks=NO_MODULE),
-        pytest.param("..f", "..f", marks=NO_MODULE),
+        (".f", ".f"),
+        ("..f", "..f"),
         ("runs/no-such-run", "no such folder"),
         ("nothing", "no such folder"),
     ],

@@ -177,7 +177,7 @@ def test_skipped_step_leaves_everything_alone(in_world, monkeypatch):
     small = [*SMALL, "--iterations", "1", "--runs", "1", "--warmup-steps", "5", "--precision", "fp16"]
     train_warp.main([*small, "--out", "runs/skip"])
     first, second, third = read_metrics("runs/skip")
-    assert [math.isfinite(row["grad_norm"]) for row in (first, second, third)] == [True, False, True]
+    assert [row["grad_norm"] is None for row in (first, second, third)] == [False, True, False]  # JSON has no inf
     assert second["learning_rate"] == third["learning_rate"] > first["learning_rate"]
     assert second["baseline"] == third["baseline"] != first["baseline"]
 

@@ -74,8 +74,8 @@ class RewardModel:
     def __call__(self, prompts, completions, ended):
         """B prompts (text or messages), B answers as text, ended (B,) → reward (B,), sigma (B,), float32."""
         rows = [
-            encode_answer(self.tokenizer, prompt, completion, bool(end), self.max_length)
-            for prompt, completion, end in zip(prompts, completions, ended)
+            encode_answer(self.tokenizer, prompt, completion, end, self.max_length)
+            for prompt, completion, end in zip(prompts, completions, torch.as_tensor(ended).tolist())
         ]
         rows = [row or [self.tokenizer.pad_token_id] for row in rows]  # an empty answer to an empty prompt
         reward = self.score(rows)

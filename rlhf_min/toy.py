@@ -135,7 +135,7 @@ def write_opinions(stars, rng):
         target = rng.gauss(mood, 0.9)
         strength = min(OPINIONS, key=lambda value: abs(value - target))
         sentences.add(rng.choice(OPINIONS[strength]))
-    sentences |= {rng.choice(REMARKS[rng.random() < 0.5 + 0.5 * mood]) for _ in range(rng.randrange(3))}
+    sentences |= {rng.choice(REMARKS[rng.random() < 0.5 + 0.45 * mood]) for _ in range(rng.randrange(3))}
     sentences = sorted(sentences)
     rng.shuffle(sentences)
     return " " + " ".join(sentences)

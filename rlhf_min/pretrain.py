@@ -33,7 +33,7 @@ class PretrainOptions:
     layers: int = option(2, "transformer blocks", low=1)
     width: int = option(64, "size of the residual stream, a multiple of 32", low=32)
     max_length: int = option(64, "longest sequence, in tokens; a longer text becomes several", low=2)
-    epochs: int = option(3, "passes over the texts", low=1)
+    epochs: int = option(4, "passes over the texts", low=1)
     batch_size: int = option(64, "texts a step", low=1)
     lr: float = option(3e-3, "AdamW learning rate after a warm-up of 5 %, decayed to 0", low=0)
     weight_decay: float = option(0.01, "AdamW weight decay", low=0)

@@ -3,7 +3,7 @@
     python evaluate.py --policies runs/toy/policy runs/warp-1      # the first is the reference
     python evaluate.py --front runs/warp-1 runs/warp-2             # their KL–reward fronts in one plot
 
-Without a flag: the embedded world's SFT policy against its newest WARP run.
+Without a flag: the embedded world's SFT policy against the newest WARP run.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 
 import train_rm
 from rlhf_min import toy
-from rlhf_min.data import check_source, load_prompts, shuffle, without
+from rlhf_min.data import load_prompts, shuffle, without
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.evaluation import (
     format_table,
@@ -26,14 +26,14 @@ from rlhf_min.evaluation import (
     win_rate,
 )
 from rlhf_min.models import find_model, get_weights, load_policy
-from rlhf_min.options import option, parse_options
+from rlhf_min.options import RunOptions, option, parse_options
 from rlhf_min.plots import plot_front
-from rlhf_min.precision import pick_device, pick_precision
+from rlhf_min.precision import resolve_device
 from rlhf_min.runlog import RunLog
 
 
 @dataclass
-class EvaluateOptions:
+class EvaluateOptions(RunOptions):
     """Compare policies with the first one under judges, or sweep the fronts of WARP runs."""
 
     policies: list = option(
@@ -47,13 +47,10 @@ class EvaluateOptions:
     prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
     exclude: str = option("", "leave out prompts that this file has, too, such as the training prompts")
     num_prompts: int = option(256, "prompts, drawn at random", low=2)
-    out: str = option("", "folder of the results (default: a new runs/evaluate-N)")
     temperature: float = option(0.7, "of sampling and of the policies whose KL is measured", low=0.01)
     max_length: int = option(64, "tokens of prompt and answer", low=2)
     batch_size: int = option(64, "prompts at a time", low=1)
     seed: int = option(42, "seed of the prompts, the samples and the bootstrap", low=0, high=2**31 - 1)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    precision: str = option("auto", "mixed precision", choices=["auto", "fp32", "bf16", "fp16"])
 
 
 def draw_prompts(tokenizer, options):
@@ -81,6 +78,9 @@ def compare(judges, options, device):
         row = {"policy": name, **summarise(columns, judges)}
         first = first or columns
         if columns is not first:
+            if columns["prompt"] != first["prompt"]:
+                raise UserError(f"{name}: its tokenizer cuts other prompts than {options.policies[0]}'s, so answers "
+                                "cannot be paired; use prompts of a field 'prompt'")  # fmt: skip
             for judge in judges:
                 generator = torch.Generator().manual_seed(options.seed)
                 delta, low, high = paired_difference(columns[judge], first[judge], generator)
@@ -116,20 +116,15 @@ def newest_warp_run():
 @one_line_errors
 def main(argv=None):
     options = parse_options(EvaluateOptions, argv)
-    device = pick_device(options.device)
-    options.precision = pick_precision(options.precision, device)
+    device = resolve_device(options)
     if options.front and options.policies:
         raise UserError("--front and --policies exclude each other; run evaluate.py twice")
     log = RunLog("evaluate", options)
     if not options.front and not options.policies:
         options.policies = [toy.POLICY, newest_warp_run()]
-    if options.prompts == toy.PROMPTS:
-        toy.ensure_texts()
-    for source in (options.prompts, options.exclude):
-        check_source(source)
-    if not options.judges or toy.POLICY in options.policies:
-        train_rm.ensure_toy_world()
+    judged_by_toy = [] if options.judges else [toy.REWARD_MODEL]
     options.judges = options.judges or [f"reward={toy.REWARD_MODEL}", *toy.JUDGES]
+    train_rm.prepare_inputs([options.prompts, options.exclude], [*options.policies, *judged_by_toy])
     for name in options.policies:
         find_model(name)
     judges = load_judges(options.judges, device)
@@ -145,8 +140,8 @@ def main(argv=None):
     table = format_table(rows, names)
     print("\n" + table + "\n")
     (log.folder / "table.md").write_text(table + "\n", encoding="utf-8")
-    plots = plot_front(fronts, list(judges), log.folder / "front.png")
-    log.finish(rows=rows, prompts=options.num_prompts, plots=[path.name for path in plots])
+    plot_front(fronts, list(judges), log.folder / "front.png")
+    log.finish(rows=rows, prompts=options.num_prompts)
 
 
 if __name__ == "__main__":

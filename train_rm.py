@@ -4,7 +4,7 @@
     python train_rm.py --data pairs.jsonl --base openai-community/gpt2 --out runs/rm
 
 The base is any model that transformers can put a classification head on. Its answers are read as the policy writes
-them (reward_model.encode_answer), so training and scoring cannot differ.
+them: training and scoring tokenise by the same function, reward_model.encode_answer.
 """
 
 import math
@@ -14,19 +14,19 @@ from dataclasses import dataclass
 import torch
 
 from rlhf_min import toy
-from rlhf_min.data import batches, load_pairs
+from rlhf_min.data import batches, check_source, load_pairs, pad
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.losses import pairwise_loss
 from rlhf_min.models import context_length, get_weights, load_classifier, save_model, set_weights
-from rlhf_min.options import option, parse_options
+from rlhf_min.options import RunOptions, option, parse_options
 from rlhf_min.plots import plot_metrics
-from rlhf_min.precision import Optimizer, autocast, pick_device, pick_precision
-from rlhf_min.reward_model import classify, encode_answer, right_pad
+from rlhf_min.precision import Optimizer, autocast, resolve_device
+from rlhf_min.reward_model import classify, encode_answer
 from rlhf_min.runlog import RunLog
 
 
 @dataclass
-class RewardModelOptions:
+class RewardModelOptions(RunOptions):
     """Train a reward model on preference pairs."""
 
     data: str = option(toy.TRAIN_PAIRS, "pairs: prompt/chosen/rejected, or text/label, which are paired in order")
@@ -35,7 +35,6 @@ class RewardModelOptions:
         0.1, "share of --data to validate on where there is no --eval-data", low=0.01, high=0.9
     )
     base: str = option(toy.POLICY, "model that gets the head: a run folder, a transformers folder or a hub name")
-    out: str = option("", "folder of the run (default: a new runs/rm-N)")
     epochs: int = option(3, "passes over the pairs", low=1)
     batch_size: int = option(32, "pairs a forward pass", low=1)
     accumulation_steps: int = option(1, "forward passes an optimizer step", low=1)
@@ -51,15 +50,13 @@ class RewardModelOptions:
     )
     accept_weak: bool = option(False, "save the model even if it does not beat chance by 3 standard errors")
     seed: int = option(42, "seed of the head, the order of the pairs and dropout", low=0, high=2**31 - 1)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    precision: str = option("auto", "mixed precision", choices=["auto", "fp32", "bf16", "fp16"])
 
 
 def encode_pairs(pairs, tokenizer, max_length):
     """[(chosen ids, rejected ids)] and a Counter of the pairs that were dropped, by reason."""
     rows, dropped = [], Counter()
     for pair in pairs:
-        limit = None if pair.whole else max_length
+        limit = max_length if pair.may_be_cut else None
         chosen, rejected = (encode_answer(tokenizer, pair.prompt, answer, max_length=limit, keep="start")
                             for answer in (pair.chosen, pair.rejected))  # fmt: skip
         if chosen == rejected:
@@ -74,7 +71,7 @@ def encode_pairs(pairs, tokenizer, max_length):
 def score_pairs(model, rows, tokenizer):
     """Rewards of the chosen and of the rejected answers of B pairs: (B,), (B,)."""
     answers = [chosen for chosen, _ in rows] + [rejected for _, rejected in rows]
-    tokens, attention_mask = right_pad(answers, tokenizer.pad_token_id, model.device)  # (2B, L)
+    tokens, attention_mask = pad(answers, tokenizer.pad_token_id, model.device)  # (2B, L)
     return classify(model, tokens, attention_mask).float().squeeze(-1).chunk(2)
 
 
@@ -96,7 +93,7 @@ def evaluate_pairs(model, rows, tokenizer, options):
 
 
 def train(model, tokenizer, train_rows, eval_rows, options, log):
-    """Minimise the pairwise loss; returns the last validation and leaves the kept weights in the model."""
+    """Minimise the pairwise loss; returns the validation of the weights that it leaves in the model."""
     steps = max(1, options.epochs * len(train_rows) // (options.batch_size * options.accumulation_steps))
     optimizer = Optimizer(model.parameters(), options.lr, model.device, options.precision, options.warmup_steps, steps,
                           options.max_grad_norm, options.weight_decay)  # fmt: skip
@@ -140,25 +137,28 @@ def load_base(options, device):
     return model, tokenizer
 
 
-def ensure_toy_world():
-    """The embedded world, with its policy and its reward model, unless it is cached."""
-    toy.ensure_policy()
-    toy.ensure_run(toy.REWARD_MODEL, main)
+def prepare_inputs(files, models):
+    """Refuse files that are not there, and make what is named of the embedded world and not cached yet."""
+    if any(file in toy.FILES for file in files):
+        toy.ensure_texts()
+    for file in files:
+        check_source(file)
+    if toy.POLICY in models:
+        toy.ensure_policy()
+    if toy.REWARD_MODEL in models:
+        toy.ensure_run(toy.REWARD_MODEL, main)
 
 
 @one_line_errors
 def main(argv=None):
     options = parse_options(RewardModelOptions, argv)
-    device = pick_device(options.device)
-    options.precision = pick_precision(options.precision, device)
+    device = resolve_device(options)
     log = RunLog("rm", options)
     if options.data == toy.TRAIN_PAIRS:
-        toy.ensure_texts()
         options.eval_data = options.eval_data or toy.EVAL_PAIRS
+    prepare_inputs([options.data, options.eval_data], [options.base])
     train_pairs, unpaired = load_pairs(options.data)
     eval_pairs, _ = load_pairs(options.eval_data) if options.eval_data else ([], 0)
-    if options.base == toy.POLICY:
-        toy.ensure_policy()
     model, tokenizer = load_base(options, device)
     options.max_length = min(options.max_length, context_length(model))
 
@@ -188,11 +188,10 @@ def main(argv=None):
     if not weak or options.accept_weak:
         save_model(model, tokenizer, log.folder / "model")
     names = ["loss", "accuracy", "eval_loss", "eval_accuracy"]
-    plots = plot_metrics(log.metrics(), names, log.folder / "metrics.png")
+    plot_metrics(log.metrics(), names, log.folder / "metrics.png")
     print(f"validation: accuracy {accuracy:.3f}, loss {validation['eval_loss']:.3f}, "
           f"margin {validation['eval_margin']:.2f}")  # fmt: skip
-    log.finish(train_pairs=len(train_rows), eval_pairs=len(eval_rows), dropped=dict(dropped), **validation,
-               plots=[path.name for path in plots])  # fmt: skip
+    log.finish(train_pairs=len(train_rows), eval_pairs=len(eval_rows), dropped=dict(dropped), **validation)
     if weak and not options.accept_weak:
         raise UserError(f"validation accuracy {accuracy:.3f} is not above {threshold:.3f}, chance + 3 standard errors: "
                         "no model saved; train longer, give more pairs or insist with --accept-weak")  # fmt: skip

@@ -16,20 +16,20 @@ import torch
 
 import train_rm
 from rlhf_min import toy, warp
-from rlhf_min.data import batches, check_source, load_prompts, split_prompts
+from rlhf_min.data import batches, load_prompts, split_prompts
 from rlhf_min.errors import one_line_errors
 from rlhf_min.evaluation import format_table, load_judges, sweep_front
 from rlhf_min.models import eos_token_ids, get_weights, load_policy, save_model, set_weights, trained_weights
-from rlhf_min.options import option, parse_options
+from rlhf_min.options import RunOptions, option, parse_options
 from rlhf_min.plots import plot_front, plot_metrics
-from rlhf_min.precision import Optimizer, autocast, pick_device, pick_precision
+from rlhf_min.precision import Optimizer, autocast, resolve_device
 from rlhf_min.reinforce import MovingAverageBaseline, kl_estimate, policy_gradient_loss, shaped_reward
 from rlhf_min.rollout import decode_completions, sample, token_logprobs
 from rlhf_min.runlog import RunLog
 
 
 @dataclass
-class WarpOptions:
+class WarpOptions(RunOptions):
     """Train a policy with WARP; the defaults are the WARP report's."""
 
     policy: str = option(toy.POLICY, "θ_sft: a run folder, a transformers folder or a hub name")
@@ -39,7 +39,6 @@ class WarpOptions:
     prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
     eval_prompts: str = option("", "prompts of the front (default: some of --prompts are held out)")
     num_eval_prompts: int = option(256, "how many prompts of the front", low=3)
-    out: str = option("", "folder of the run (default: a new runs/warp-N)")
     iterations: int = option(2, "I: rounds of train, merge, interpolate", low=1)
     runs: int = option(2, "M: policies an iteration", low=1)
     steps: int = option(100, "T: optimizer steps a policy", low=1)
@@ -54,12 +53,10 @@ class WarpOptions:
     temperature: float = option(0.7, "of sampling and scoring", low=0.01)
     max_length: int = option(64, "tokens of prompt and answer", low=2)
     seed: int = option(42, "seed of prompts and sampling; every run derives its own", low=0, high=2**31 - 1)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    precision: str = option("auto", "mixed precision", choices=["auto", "fp32", "bf16", "fp16"])
 
 
 def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, run):
-    """Lines 4 to 8 of Algorithm 1: T steps of REINFORCE from θ_init against the EMA of the run's own weights."""
+    """The inner loop of Algorithm 1: T steps of REINFORCE from θ_init against the EMA of the run's own weights."""
     set_weights(policy, init)  # θ^m ← θ_init
     anchor = init  # θ^m_ema ← θ_init
     baseline = MovingAverageBaseline()
@@ -77,10 +74,12 @@ def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, l
         with autocast(policy.device, options.precision):
             rollout = sample(policy, [prompt.tokens for prompt in batch], options.max_length, options.temperature, eos,
                              tokenizer.pad_token_id, generator)  # fmt: skip
-            completions = decode_completions(tokenizer, rollout)
-            reward, sigma = reward_model([prompt.text for prompt in batch], completions, rollout.ended)  # (B,), (B,)
+        completions = decode_completions(tokenizer, rollout)
+        reward, sigma = reward_model([prompt.text for prompt in batch], completions, rollout.ended)  # (B,), (B,)
 
-            # log π(y_t | x, y_<t) under the policy, its anchor and, to be watched only, SFT
+        # log π(y_t | x, y_<t) under the policy, its anchor and, only to be watched, SFT; a region of its own, because
+        # some versions of torch would reuse the weights that sample() cast, and those have no gradient
+        with autocast(policy.device, options.precision):
             logprobs = token_logprobs(policy, rollout, options.temperature)  # (B, T)
             with torch.no_grad():
                 anchor_logprobs = token_logprobs(policy, rollout, options.temperature, anchor)  # (B, T)
@@ -89,22 +88,22 @@ def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, l
         # r_β = r − β log[ π_θ(y|x) / π_ema(y|x) ],  A = r_β − b
         anchor_kl = kl_estimate(logprobs.detach(), anchor_logprobs, rollout.mask)  # (B,)
         shaped = shaped_reward(reward, anchor_kl, options.beta)  # (B,)
-        advantage = shaped - baseline.value  # (B,)
+        b = baseline.value
+        advantage = shaped - b  # (B,)
 
         # θ^m ← Opt(θ^m, A ∇ log π),  then  θ^m_ema ← (1−μ) θ^m_ema + μ θ^m
         optimizer.backward(policy_gradient_loss(logprobs, advantage, rollout.mask))
         grad_norm, moved = optimizer.step()
-        used_baseline = baseline.value
-        if moved:
+        if moved:  # False where float16 overflowed and the step was skipped
             baseline.update(shaped)
             anchor = warp.ema_update(anchor, trained_weights(policy), options.mu)
 
-        kl = kl_estimate(logprobs.detach(), sft_logprobs, rollout.mask)  # (B,)
+        kl = kl_estimate(logprobs.detach(), sft_logprobs, rollout.mask)  # (B,), noisy; the tables have prefix_kl
         log.step(**{
             "iteration": iteration, "run": run, "step": step, "reward": reward.mean().item(),
             "reward_std": reward.std(correction=0).item(), "sigma": sigma.mean().item(), "kl": kl.mean().item(),
-            "anchor_kl": anchor_kl.mean().item(), "baseline": used_baseline, "advantage": advantage.mean().item(),
-            "entropy": -(logprobs.detach()[rollout.mask]).mean().item(),
+            "anchor_kl": anchor_kl.mean().item(), "baseline": b, "advantage": advantage.mean().item(),
+            "entropy": -logprobs.detach()[rollout.mask].mean().item(),  # per token; kl is per answer
             "completions/mean_length": rollout.mask.sum(-1).float().mean().item(),
             "completions/clipped_ratio": 1 - rollout.ended.float().mean().item(),
             "grad_norm": grad_norm, "learning_rate": optimizer.lr,
@@ -127,14 +126,13 @@ def train_warp(policy, tokenizer, reward_model, prompts, options, log):
     return sft, merged, init, geometry
 
 
-def report(front, answers, geometry, options):
+def report(front, samples, geometry, options):
     """What the run prints last: the front, three answers before and after, the angles, μT."""
     names = [name for name in front[0] if not name.endswith("_se")]
     print("\nThe front: (1−η) θ_sft + η θ_slerp on held-out prompts\n\n" + format_table(front, names))
-    for i in range(3):
-        prompt = answers[0]["prompt"][i]
-        print(f"\nprompt  {prompt if isinstance(prompt, str) else prompt[-1]['content']}")
-        print(f"before  {answers[0]['completion'][i].strip()}\nafter   {answers[-1]['completion'][i].strip()}")
+    for row in samples:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        print(f"\nprompt  {prompt}\nbefore  {row['before'].strip()}\nafter   {row['after'].strip()}")
     for iteration, spread in enumerate(geometry, 1):
         if spread["angle_degrees"] is not None:  # None for M = 1
             angle, ratio = spread["angle_degrees"], spread["norm_ratio"]
@@ -147,16 +145,11 @@ def report(front, answers, geometry, options):
 @one_line_errors
 def main(argv=None):
     options = parse_options(WarpOptions, argv)
-    device = pick_device(options.device)
-    options.precision = pick_precision(options.precision, device)
+    device = resolve_device(options)
     log = RunLog("warp", options)
+    train_rm.prepare_inputs([options.prompts, options.eval_prompts], [options.policy, options.reward_model])
     if options.prompts == toy.PROMPTS:
-        toy.ensure_texts()
         options.judges = options.judges or toy.JUDGES
-    for source in (options.prompts, options.eval_prompts):
-        check_source(source)
-    if options.policy == toy.POLICY or options.reward_model == toy.REWARD_MODEL:
-        train_rm.ensure_toy_world()
     policy, tokenizer = load_policy(options.policy, device, options.max_length)
     judges = load_judges([f"reward={options.reward_model}", *options.judges], device)
     prompts, eval_prompts = (load_prompts(file, tokenizer, options.prompt_tokens, options.max_length) if file else []
@@ -167,18 +160,17 @@ def main(argv=None):
 
     sft, merged, init, geometry = train_warp(policy, tokenizer, judges["reward"], prompts, options, log)
 
-    front, answers = sweep_front(policy, tokenizer, eval_prompts, judges, options, sft, merged)
-    save_model(policy, tokenizer, log.folder / "merged")  # the sweep ends at η = 1
-    set_weights(policy, init)
-    save_model(policy, tokenizer, log.folder / "model")
+    front, columns = sweep_front(policy, tokenizer, eval_prompts, judges, options, sft, merged)
+    for name, weights in (("model", init), ("merged", merged)):
+        set_weights(policy, weights)
+        save_model(policy, tokenizer, log.folder / name)
     series = lambda row: f"iteration {row['iteration']} run {row['run']}"
-    plots = plot_metrics(log.metrics(), ["reward", "kl"], log.folder / "steps.png", series=series)
-    plots += plot_front({f"lr {options.lr:g}": front}, list(judges), log.folder / "front.png")
-    report(front, answers, geometry, options)
-    samples = [{"prompt": answers[0]["prompt"][i], "before": answers[0]["completion"][i],
-                "after": answers[-1]["completion"][i]} for i in range(3)]  # fmt: skip
-    log.finish(front=front, samples=samples, geometry=geometry, mu_T=options.mu * options.steps,
-               plots=[path.name for path in plots])  # fmt: skip
+    plot_metrics(log.metrics(), ["reward", "kl"], log.folder / "steps.png", series=series)
+    plot_front({f"lr {options.lr:g}": front}, list(judges), log.folder / "front.png")
+    samples = [{"prompt": prompt, "before": before, "after": after} for prompt, before, after in
+               zip(columns[0]["prompt"][:3], columns[0]["completion"], columns[-1]["completion"])]  # fmt: skip
+    report(front, samples, geometry, options)
+    log.finish(front=front, samples=samples, geometry=geometry, mu_T=options.mu * options.steps)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Pair(NamedTuple):
     prompt: str | list
     chosen: str
     rejected: str
-    whole: bool  # True for an answer to a prompt, False for a labelled text, whose beginning may stand for it
+    may_be_cut: bool  # for a labelled text, whose beginning may stand for it; not for an answer to a prompt
 
 
 class Prompt(NamedTuple):
@@ -142,7 +142,7 @@ def _pair(row, where):
     prompt, chosen, rejected = row.get("prompt", ""), row["chosen"], row["rejected"]
     if not _is_conversation(chosen):
         prompt = _text(row, "prompt", where) if prompt != "" else ""
-        return Pair(prompt, _text(row, "chosen", where), _text(row, "rejected", where), True)
+        return Pair(prompt, _text(row, "chosen", where), _text(row, "rejected", where), False)
     if not _is_conversation(rejected):
         raise UserError(f"{where}: 'chosen' is a list of messages, so 'rejected' must be one, too")
     _check_messages(chosen, "chosen", where)
@@ -153,7 +153,7 @@ def _pair(row, where):
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     prompt = _prompt({"prompt": prompt}, where)
-    return Pair(prompt, _answer(chosen, "chosen", where), _answer(rejected, "rejected", where), True)
+    return Pair(prompt, _answer(chosen, "chosen", where), _answer(rejected, "rejected", where), False)
 
 
 def load_pairs(source):
@@ -170,7 +170,7 @@ def load_pairs(source):
             (good if label else bad).append(_text(row, "text", where))
         else:
             pairs.append(_pair(row, where))
-    pairs += [Pair("", chosen, rejected, False) for chosen, rejected in zip(good, bad)]
+    pairs += [Pair("", chosen, rejected, True) for chosen, rejected in zip(good, bad)]
     if not pairs:
         raise UserError(f"{source}: no pair; labelled texts need both labels, 1 and 0")
     return pairs, abs(len(good) - len(bad))
@@ -217,7 +217,7 @@ def load_prompts(source, tokenizer, prompt_tokens, max_length):
             if len(tokens) >= max_length:
                 raise UserError(f"{where}: the prompt has {len(tokens)} tokens, --max-length is {max_length}; raise it")
         else:
-            # cut the text before tokenising: no token of these vocabularies is longer than 32 characters on average
+            # cut for speed: tokens average far fewer than 32 characters; a BOS, where there is one, counts as a token
             tokens = tokenizer(_text(row, "text", where)[: 32 * prompt_tokens])["input_ids"][:prompt_tokens]
             if len(tokens) < prompt_tokens:
                 continue
@@ -269,6 +269,16 @@ def split_prompts(prompts, eval_prompts, count, generator):
         raise UserError(f"{len(prompts) + len(eval_prompts)} distinct prompts are too few to hold out {count} of them; "
                         "lower --num-eval-prompts or give more")  # fmt: skip
     return training, held_out
+
+
+def pad(rows, pad_token_id, device, side="right"):
+    """B lists of token ids → tokens (B, L), attention_mask (B, L), True on the tokens that are real."""
+    width = max(map(len, rows))
+    filler = [[pad_token_id] * (width - len(row)) for row in rows]
+    tokens = [row + fill if side == "right" else fill + row for row, fill in zip(rows, filler)]
+    lengths = torch.tensor([len(row) for row in rows], device=device)[:, None]  # (B, 1)
+    columns = torch.arange(width, device=device)  # (L,)
+    return torch.tensor(tokens, device=device), columns < lengths if side == "right" else columns >= width - lengths
 
 
 def batches(items, batch_size, generator):

@@ -17,7 +17,7 @@ from .warp import interpolate
 COLUMNS = {"prompt", "completion", "length", "ended", "kl", "eos_rate", "distinct_2", "eta", "policy", "run"}
 
 
-def load_judges(specs, device, max_length=512):
+def load_judges(specs, device):
     """{name: judge} from `name=spec` or plain `spec`, whose name is then its last part."""
     judges = {}
     for spec in specs:
@@ -26,7 +26,7 @@ def load_judges(specs, device, max_length=512):
             name, rest = spec.rstrip("/").replace("/", ".").rpartition(".")[2], spec
         if name in judges or name in COLUMNS:
             raise UserError(f"--judges {spec}: the name {name} is taken; write other-name={rest}")
-        judges[name] = load_judge(rest, device, max_length)
+        judges[name] = load_judge(rest, device)
     return judges
 
 
@@ -47,10 +47,10 @@ def judge_policy(policy, tokenizer, prompts, judges, options, reference=None, re
         with autocast(policy.device, options.precision):
             rollout = sample(policy, [prompt.tokens for prompt in batch], options.max_length, options.temperature, eos,
                              tokenizer.pad_token_id, generator)  # fmt: skip
-            if reference is not None:
-                logits = completion_logits(policy, rollout, options.temperature)  # (B, T, V)
-                ref_logits = completion_logits(reference, rollout, options.temperature, reference_weights)
-                columns["kl"] += prefix_kl(logits, ref_logits, rollout.mask).tolist()
+        if reference is not None:  # in float32: bfloat16 rounds away the very difference that KL measures
+            logits = completion_logits(policy, rollout, options.temperature)  # (B, T, V)
+            ref_logits = completion_logits(reference, rollout, options.temperature, reference_weights)
+            columns["kl"] += prefix_kl(logits, ref_logits, rollout.mask).tolist()
         texts, completions = [prompt.text for prompt in batch], decode_completions(tokenizer, rollout)
         for name, judge in judges.items():
             columns[name] += judge(texts, completions, rollout.ended)[0].tolist()
@@ -88,30 +88,30 @@ def summarise(columns, judge_names):
 def sweep_front(policy, tokenizer, prompts, judges, options, sft, merged, points=5):
     """The KL–reward front of WARP: a row for each η in [0, 1] of θ = (1−η) θ_sft + η θ_slerp, and the answers.
 
-    All rows share prompts and random numbers, so η = 0 is θ_sft itself, at a KL of exactly 0. Afterwards the policy
-    holds θ_slerp.
+    All rows share prompts and random numbers, so η = 0 is θ_sft itself, at a KL of exactly 0. The policy is a place to
+    put the weights in.
     """
-    front, answers = [], []
+    front, columns_by_eta = [], []
     for k in range(points):
         eta = k / (points - 1)
         set_weights(policy, interpolate(sft, merged, eta))
         columns = judge_policy(policy, tokenizer, prompts, judges, options, policy, sft)
         front.append({"eta": eta, **summarise(columns, judges)})
-        answers.append(columns)
-    return front, answers
+        columns_by_eta.append(columns)
+    return front, columns_by_eta
 
 
-def paired_difference(values, baseline, generator, resamples=2000):
-    """Mean of values − baseline, pair by pair, and its 95 % bootstrap interval (percentile): (mean, low, high)."""
-    difference = torch.tensor(values, dtype=torch.float64) - torch.tensor(baseline, dtype=torch.float64)  # (N,)
+def paired_difference(values, reference, generator, resamples=2000):
+    """Mean of values − reference, pair by pair, and its 95 % bootstrap interval (percentile): (mean, low, high)."""
+    difference = torch.tensor(values, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)  # (N,)
     picks = torch.randint(len(difference), (resamples, len(difference)), generator=generator)
     low, high = difference[picks].mean(-1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return difference.mean().item(), low, high
 
 
-def win_rate(values, baseline):
+def win_rate(values, reference):
     """Share of pairs in which `values` is higher; a tie counts ½."""
-    return sum(0.5 + 0.5 * ((v > b) - (v < b)) for v, b in zip(values, baseline)) / len(values)
+    return sum(0.5 + 0.5 * ((v > b) - (v < b)) for v, b in zip(values, reference)) / len(values)
 
 
 def format_table(rows, columns):

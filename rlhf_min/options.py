@@ -19,6 +19,15 @@ def option(default, help, choices=None, low=None, high=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@dataclasses.dataclass
+class RunOptions:
+    """What every script has."""
+
+    out: str = option("", "folder of the run (default: the next runs/<script>-N)")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    precision: str = option("auto", "mixed precision", choices=["auto", "fp32", "bf16", "fp16"])
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its usage, too; one line is enough
         raise UserError(f"{message}; --help lists the flags")

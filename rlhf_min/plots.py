@@ -16,14 +16,13 @@ def _save(pyplot, figure, path):
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-    return [path]
 
 
-def plot_metrics(metrics, names, path, x="step", series=None):
-    """One panel per name over x; rows with the same `series(row)` make one line. Returns [path] or []."""
+def plot_metrics(metrics, names, path, series=None):
+    """One panel per name over the steps; rows with the same `series(row)` make one line."""
     pyplot = _pyplot()
     if pyplot is None:
-        return []
+        return
     figure, panels = pyplot.subplots(1, len(names), figsize=(4.5 * len(names), 3.4), squeeze=False)
     lines = {}
     for row in metrics:
@@ -31,20 +30,20 @@ def plot_metrics(metrics, names, path, x="step", series=None):
     for panel, name in zip(panels[0], names):
         for label, rows in lines.items():
             rows = [row for row in rows if row.get(name) is not None]
-            panel.plot([row[x] for row in rows], [row[name] for row in rows], label=label, linewidth=1)
-        panel.set_xlabel(x)
+            panel.plot([row["step"] for row in rows], [row[name] for row in rows], label=label, linewidth=1)
+        panel.set_xlabel("step")
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
     if series:
         panels[0][0].legend(fontsize=8)
-    return _save(pyplot, figure, path)
+    _save(pyplot, figure, path)
 
 
 def plot_front(fronts, judge_names, path):
-    """Each judge over KL to SFT, a line per front {label: rows}, bars of one standard error. Returns [path] or []."""
+    """Each judge over KL to SFT, a line per front {label: rows}, bars of one standard error."""
     pyplot = _pyplot()
     if pyplot is None:
-        return []
+        return
     figure, panels = pyplot.subplots(1, len(judge_names), figsize=(4.5 * len(judge_names), 3.6), squeeze=False)
     for panel, name in zip(panels[0], judge_names):
         for label, rows in fronts.items():
@@ -58,4 +57,4 @@ def plot_front(fronts, judge_names, path):
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
     panels[0][0].legend(fontsize=8)
-    return _save(pyplot, figure, path)
+    _save(pyplot, figure, path)

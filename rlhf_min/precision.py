@@ -29,7 +29,14 @@ def pick_precision(name, device):
         return name
     if device.type != "cuda":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def resolve_device(options):
+    """The torch.device of --device; `options` then say what `auto` came to, and so does run.json."""
+    device = pick_device(options.device)
+    options.device, options.precision = str(device), pick_precision(options.precision, device)
+    return device
 
 
 def autocast(device, precision):
@@ -38,7 +45,7 @@ def autocast(device, precision):
 
 
 class Optimizer:
-    """AdamW without weight decay, a linear warm-up (and decay), gradient clipping, and a GradScaler for float16.
+    """AdamW (weight decay 0 unless asked), linear warm-up (and decay), gradient clipping, a GradScaler for float16.
 
     The order matters: the scaled gradient is unscaled *before* it is clipped, and a step that float16 overflowed is
     skipped whole: weights, moments and learning rate stay, and `step` says so, so that the caller's baseline and EMA
@@ -52,7 +59,7 @@ class Optimizer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.max_grad_norm = max_grad_norm
 
-        def rate(step):  # lr / w, 2 lr / w, ... lr, then constant, or linear to 0 at decay_steps
+        def rate(step):  # lr / (w+1), 2 lr / (w+1), ..., lr after w steps, then constant, or linear to 0 at decay_steps
             warmup = min(1.0, (step + 1) / (warmup_steps + 1))
             decay = 1.0 if decay_steps is None else max(0.0, (decay_steps - step) / max(1, decay_steps - warmup_steps))
             return min(warmup, decay)

@@ -10,25 +10,23 @@ from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokenizers.processors import ByteLevel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from .data import batches, read_texts
+from .data import batches, pad, read_texts
 from .errors import UserError, one_line_errors
 from .models import save_model
-from .options import option, parse_options
-from .precision import Optimizer, autocast, pick_device, pick_precision
+from .options import RunOptions, option, parse_options
+from .precision import Optimizer, autocast, resolve_device
 from .runlog import RunLog
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
 @dataclass
-class PretrainOptions:
+class PretrainOptions(RunOptions):
     """Train a tokenizer and a small GPT-2 on texts."""
 
     data: str = option("runs/toy/reviews.jsonl", "texts: .jsonl(.gz) with a field 'text', or .txt with a text a line")
-    out: str = option("", "folder of the run (default: a new runs/pretrain-N)")
     vocab_size: int = option(600, "entries of the BPE vocabulary", low=260)
     layers: int = option(2, "transformer blocks", low=1)
     width: int = option(64, "size of the residual stream, a multiple of 32", low=32)
@@ -38,8 +36,6 @@ class PretrainOptions:
     lr: float = option(3e-3, "AdamW learning rate after a warm-up of 5 %, decayed to 0", low=0)
     weight_decay: float = option(0.01, "AdamW weight decay", low=0)
     seed: int = option(42, "seed of the initial weights and of the order of the texts", low=0, high=2**31 - 1)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    precision: str = option("auto", "mixed precision", choices=["auto", "fp32", "bf16", "fp16"])
 
 
 def train_tokenizer(texts, vocab_size):
@@ -47,7 +43,6 @@ def train_tokenizer(texts, vocab_size):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.post_processor = ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
@@ -59,9 +54,9 @@ def train_tokenizer(texts, vocab_size):
 
 def build_model(tokenizer, layers, width, max_length):
     """A GPT-2 with heads of 32 and no dropout: policy, anchor and reference must be functions of their weights."""
-    config = GPT2Config(
+    config = GPT2Config(  # a reward model made of these weights reads whole answers, hence at least 128 positions
         vocab_size=len(tokenizer), n_positions=max(128, max_length), n_layer=layers, n_embd=width,
-        n_head=max(1, width // 32), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        n_head=width // 32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
@@ -69,13 +64,8 @@ def build_model(tokenizer, layers, width, max_length):
 
 def language_model_loss(model, texts, pad_token_id, device):
     """Mean cross-entropy of the next token over a batch of token lists, in nats."""
-    width = max(map(len, texts))
-    tokens = torch.full((len(texts), width), pad_token_id)  # (B, T), padded on the right: positions start at 0
-    for row, text in zip(tokens, texts):
-        row[: len(text)] = torch.tensor(text)
-    tokens = tokens.to(device)
-    lengths = torch.tensor([len(text) for text in texts], device=device)
-    is_target = torch.arange(1, width, device=device) < lengths[:, None]  # (B, T-1)
+    tokens, attention_mask = pad(texts, pad_token_id, device)  # (B, T), padded on the right: positions start at 0
+    is_target = attention_mask[:, 1:]  # (B, T-1)
     logits = model(input_ids=tokens).logits[:, :-1][is_target]  # (N, V): position t-1 predicts token t
     return torch.nn.functional.cross_entropy(logits.float(), tokens[:, 1:][is_target])
 
@@ -83,8 +73,7 @@ def language_model_loss(model, texts, pad_token_id, device):
 @one_line_errors
 def main(argv=None):
     options = parse_options(PretrainOptions, argv)
-    device = pick_device(options.device)
-    precision = pick_precision(options.precision, device)
+    device = resolve_device(options)
     if options.width % 32:
         raise UserError(f"--width {options.width} must be a multiple of 32, the size of a head")
     log = RunLog("pretrain", options)
@@ -94,14 +83,15 @@ def main(argv=None):
     tokenizer = train_tokenizer(texts, options.vocab_size)
     eos = [tokenizer.eos_token_id]
     rows = [ids + eos for ids in tokenizer(texts)["input_ids"]]
+    # a last piece of one token would have no target, hence - 1
     rows = [row[i : i + options.max_length] for row in rows for i in range(0, len(row) - 1, options.max_length)]
     model = build_model(tokenizer, options.layers, options.width, options.max_length).to(device)
     steps = max(1, options.epochs * len(rows) // options.batch_size)
-    optimizer = Optimizer(model.parameters(), options.lr, device, precision, warmup_steps=steps // 20,
+    optimizer = Optimizer(model.parameters(), options.lr, device, options.precision, warmup_steps=steps // 20,
                           decay_steps=steps, weight_decay=options.weight_decay)  # fmt: skip
     stream = batches(rows, options.batch_size, torch.Generator().manual_seed(options.seed))
     for step in log.progress(range(1, steps + 1), "pretrain"):
-        with autocast(device, precision):
+        with autocast(device, options.precision):
             loss = language_model_loss(model, next(stream), tokenizer.pad_token_id, device)
         optimizer.backward(loss)
         grad_norm, _ = optimizer.step()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .data import apply_chat_template
+from .data import apply_chat_template, pad
 from .errors import UserError
 from .models import context_length, load_classifier
 
@@ -42,14 +42,6 @@ def encode_answer(tokenizer, prompt, completion, ended=True, max_length=None, ke
     return first + (inner[-room:] if keep == "end" else inner[:room]) + last
 
 
-def right_pad(rows, pad_token_id, device):
-    """B lists of token ids → tokens (B, L), attention_mask (B, L)."""
-    width = max(map(len, rows))
-    tokens = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return tokens, torch.arange(width, device=device) < lengths[:, None]
-
-
 def classify(model, tokens, attention_mask):
     """Logits (B, K) of a sequence classifier on right-padded tokens (B, L).
 
@@ -67,7 +59,7 @@ def classify(model, tokens, attention_mask):
 class RewardModel:
     """A sequence classifier with a scalar head as a judge."""
 
-    def __init__(self, model, tokenizer, max_length, batch_size=64):
+    def __init__(self, model, tokenizer, max_length=512, batch_size=64):
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.max_length = min(max_length, context_length(model))
 
@@ -86,7 +78,7 @@ class RewardModel:
         """B lists of token ids → reward (B,)."""
         rewards = []
         for start in range(0, len(rows), self.batch_size):
-            batch = right_pad(rows[start : start + self.batch_size], self.tokenizer.pad_token_id, self.model.device)
+            batch = pad(rows[start : start + self.batch_size], self.tokenizer.pad_token_id, self.model.device)
             rewards.append(classify(self.model, *batch).float().squeeze(-1))
         return torch.cat(rewards)
 
@@ -113,12 +105,12 @@ class RewardFunction:
         return reward, torch.zeros_like(reward)
 
 
-def load_judge(spec, device, max_length=512):
+def load_judge(spec, device):
     """A judge by name: a run folder, a transformers folder, a hub name, or package.module.function."""
     if not Path(spec).exists() and "/" not in spec and "." in spec:
         return RewardFunction(_import_function(spec), spec, device)
     model, tokenizer = load_classifier(spec, device)
-    return RewardModel(model, tokenizer, max_length)
+    return RewardModel(model, tokenizer)
 
 
 def _import_function(spec):

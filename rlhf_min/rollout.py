@@ -1,12 +1,14 @@
 """Sampling answers, and scoring them: whatever the sampler does to the logits, the scorer does, too.
 
-B prompts, left-padded to P tokens, and answers of at most T tokens: `tokens` is (B, P+T).
+B prompts, left-padded to P tokens, and answers of at most T tokens: `tokens` is (B, P+T). An answer is what TRL calls a
+completion; where a name comes from there, so does the word.
 """
 
 from typing import NamedTuple
 
 import torch
 
+from .data import pad
 from .errors import UserError
 
 
@@ -22,17 +24,6 @@ class Rollout(NamedTuple):
     def completions(self):
         """(B, T)"""
         return self.tokens[:, -self.mask.shape[1] :]
-
-
-def left_pad(prompts, pad_token_id):
-    """B lists of token ids → tokens (B, P), attention_mask (B, P): all prompts end at the same column."""
-    width = max(map(len, prompts))
-    tokens = torch.full((len(prompts), width), pad_token_id)
-    attention_mask = torch.zeros(len(prompts), width, dtype=torch.bool)
-    for i, prompt in enumerate(prompts):
-        tokens[i, width - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[i, width - len(prompt) :] = True
-    return tokens, attention_mask
 
 
 def positions(attention_mask):
@@ -58,19 +49,17 @@ def _is_eos(tokens, eos_token_id):
 def sample(model, prompts, max_length, temperature, eos_token_id, pad_token_id, generator):
     """One answer to each prompt from π(· | x) = softmax(logits / temperature): no top-k, no top-p, no penalty.
 
-    A token is the inverse of the cumulated distribution at one uniform number, drawn beforehand on the CPU: an answer
-    depends on its own T numbers only, not on the other answers or the device, and two policies can be compared on the
-    same numbers.
+    A token is the inverse of the cumulated distribution at one uniform number. The numbers are drawn beforehand on the
+    CPU, a row per prompt, so that two policies can be compared on the same ones.
 
-    prompts: B lists of token ids; max_length bounds the longest prompt plus its answer, which gives T. Returns a
-    Rollout. Raises UserError for logits that are not finite.
+    prompts: B lists of token ids. T = max_length − P with P the longest prompt: a short prompt beside a long one gets a
+    shorter answer. Returns a Rollout. Raises UserError for logits that are not finite.
     """
-    tokens, attention_mask = (x.to(model.device) for x in left_pad(prompts, pad_token_id))  # (B, P)
-    new = max_length - tokens.shape[1]
-    uniform = torch.rand(len(prompts), new, generator=generator, dtype=torch.float64).to(model.device)  # (B, T)
+    tokens, attention_mask = pad(prompts, pad_token_id, model.device, side="left")  # (B, P)
+    uniform = torch.rand(len(prompts), max_length, generator=generator, dtype=torch.float64).to(model.device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     inputs, cache, answer = tokens, None, []
-    for t in range(new):
+    for t in range(max_length - tokens.shape[1]):
         output = model(
             input_ids=inputs, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1,
             position_ids=positions(attention_mask)[:, -inputs.shape[1] :],
@@ -116,5 +105,14 @@ def token_logprobs(model, rollout, temperature, weights=None):
 
 
 def decode_completions(tokenizer, rollout):
-    """The answers as text, special tokens removed."""
-    return [tokenizer.decode(c[m], skip_special_tokens=True) for c, m in zip(rollout.completions, rollout.mask)]
+    """The answers as text, special tokens removed: what they add to the prompt's text.
+
+    Decoded alone, an answer of a Llama tokenizer would lose the space before its first word.
+    """
+    width = rollout.tokens.shape[1] - rollout.mask.shape[1]  # P
+    starts, ends = (~rollout.attention_mask).sum(-1).tolist(), (width + rollout.mask.sum(-1)).tolist()
+    texts = []
+    for row, start, end in zip(rollout.tokens.tolist(), starts, ends):
+        prompt = tokenizer.decode(row[start:width], skip_special_tokens=True)
+        texts.append(tokenizer.decode(row[start:end], skip_special_tokens=True)[len(prompt) :])
+    return texts

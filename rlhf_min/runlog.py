@@ -61,7 +61,6 @@ class RunLog:
             "script": self.script,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "options": dataclasses.asdict(self.options) | {"out": str(self.folder)},
-            "seed": self.options.seed,
             "commit": git_commit(),
             "versions": versions,
             "threads": torch.get_num_threads(),
@@ -77,12 +76,11 @@ class RunLog:
         self._bar = tqdm(iterable, desc=title, mininterval=0.5, dynamic_ncols=True)
         return self._bar
 
-    def step(self, show=(), **metrics):
+    def step(self, show=("loss",), **metrics):
         """Write a line of metrics.jsonl; names in `show` go behind the progress bar, too."""
         self._metrics.write(json.dumps(_finite(metrics)) + "\n")
         if self._bar is not None:
-            shown = show or ["loss"]
-            self._bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown if name in metrics}, refresh=False)
+            self._bar.set_postfix({name: f"{metrics[name]:.3f}" for name in show}, refresh=False)
 
     def metrics(self):
         """All lines written so far."""

@@ -1,10 +1,11 @@
 """The embedded world: a grammar that writes film reviews, so that the truth behind a reward model is known.
 
-A review opens with a neutral sentence about a film, followed by opinions, whose strength comes from a star rating of 1
-to 10, and by remarks, which carry no opinion. Two things keep a reward model honest. Opinions are noisy: a review of 8
-stars may contain a complaint. And remarks go with the rating without meaning it: who liked a film more often went with
-friends. A reward model learns that, too; a policy that talks of friends gains reward, but no gold. Besides, one pair in
-twenty is labelled the wrong way round.
+A review opens with a neutral sentence about a film. Opinions follow, whose strength comes from a star rating of 1 to
+10, and remarks, which carry no opinion. Three things keep a reward model from being perfect:
+  - Opinions are noisy: a review of 8 stars may contain a complaint.
+  - Remarks go with the rating without meaning it: who liked a film more often went with friends. A reward model learns
+    that, too, and a policy that talks of friends gains reward, but no gold.
+  - One pair in twenty is labelled the wrong way round.
 
 The language is finite: `SENTENCES` holds every sentence with its sentiment in [−1, 1].
 """
@@ -22,6 +23,7 @@ FOLDER = Path("runs/toy")
 REVIEWS, TRAIN_PAIRS, EVAL_PAIRS, PROMPTS = (
     str(FOLDER / name) for name in ("reviews.jsonl", "train_pairs.jsonl", "eval_pairs.jsonl", "prompts.jsonl")
 )
+FILES = {REVIEWS, TRAIN_PAIRS, EVAL_PAIRS, PROMPTS}
 POLICY, REWARD_MODEL = str(FOLDER / "policy"), str(FOLDER / "reward_model")
 
 GENRES = ("comedy", "drama", "thriller", "western", "musical", "mystery", "romance", "documentary")
@@ -63,12 +65,9 @@ def _sentences():
             if abs(value) == 0.6:  # "not good" is the opposite of good; "not superb" and "not fine" are not so clear
                 opinions[f"The {aspect} was not {adjective}."] = -value
     opinions |= {sentence: value for value, sentences in VERDICTS.items() for sentence in sentences}
-    neutral = [_opening(*words) for words in itertools.product(GENRES, HEROES, PLOTS)]
+    neutral = [f"This {genre} is about a {hero} who {plot}."
+               for genre, hero, plot in itertools.product(GENRES, HEROES, PLOTS)]  # fmt: skip
     return opinions | dict.fromkeys([*neutral, *REMARKS[True], *REMARKS[False]], 0.0)
-
-
-def _opening(genre, hero, plot):
-    return f"This {genre} is about a {hero} who {plot}."
 
 
 SENTENCES = _sentences()
@@ -122,11 +121,6 @@ def fluency_judge(prompts, completions, **columns):
 JUDGES = ["gold=rlhf_min.toy.gold_judge", "fluency=rlhf_min.toy.fluency_judge"]
 
 
-def write_opening(rng):
-    """A neutral first sentence."""
-    return _opening(rng.choice(GENRES), rng.choice(HEROES), rng.choice(PLOTS))
-
-
 def write_opinions(stars, rng):
     """What follows the opening in a review of `stars` stars: two opinions and up to two remarks, in any order."""
     mood = (stars - 5.5) / 4.5  # in [−1, 1]
@@ -150,7 +144,9 @@ def write_world(folder, seed=0, reviews=6000, train_pairs=2000, eval_pairs=400, 
     rows = []
     for _ in range(reviews):
         stars = rng.choice((1, 2, 3, 4, 7, 8, 9, 10))  # labels as in IMDB: no review of 5 or 6 stars
-        rows.append({"text": write_opening(rng) + write_opinions(stars, rng), "label": int(stars > 5), "stars": stars})
+        rows.append(
+            {"text": rng.choice(openings) + write_opinions(stars, rng), "label": int(stars > 5), "stars": stars}
+        )
     pairs = []
     for _ in range(train_pairs + eval_pairs):
         stars = rng.choice((7, 8, 9, 10)), rng.choice((1, 2, 3, 4))

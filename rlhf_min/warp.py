@@ -32,41 +32,33 @@ def interpolate(start, end, weight):
 
 
 def angle(a, b):
-    """(Ω, ‖a‖, ‖b‖) of two vectors, each a list of tensors: the angle between them in [0, π] and their norms.
+    """(Ω, ‖a‖, ‖b‖): the angle between two tensors of one shape, in [0, π], and their norms.
 
     With unit vectors u and v,  Ω = 2 atan2(‖u − v‖, ‖u + v‖)  in float64, exact also near 0 and π, where
     arccos ⟨u, v⟩ loses half its digits. Ω is 0 where a norm is.
     """
-    a, b = [x.double() for x in a], [x.double() for x in b]
-    norm_a = math.sqrt(sum((x * x).sum().item() for x in a))
-    norm_b = math.sqrt(sum((x * x).sum().item() for x in b))
+    a, b = a.double(), b.double()
+    norm_a, norm_b = a.norm().item(), b.norm().item()
     if norm_a == 0.0 or norm_b == 0.0:
         return 0.0, norm_a, norm_b
-    minus = sum(((x / norm_a - y / norm_b) ** 2).sum().item() for x, y in zip(a, b))
-    plus = sum(((x / norm_a + y / norm_b) ** 2).sum().item() for x, y in zip(a, b))
-    return 2.0 * math.atan2(math.sqrt(minus), math.sqrt(plus)), norm_a, norm_b
-
-
-def _slerp_weights(omega, lam):
-    """The factors of a and b in slerp(a, b, λ)."""
-    if omega < 1e-4:  # (nearly) the same direction, or a zero vector: the limit of the formula, linear
-        return 1.0 - lam, lam
-    if math.pi - omega < 1e-4:
-        raise ValueError("slerp of opposite task vectors is undefined: no direction lies between them")
-    return math.sin((1.0 - lam) * omega) / math.sin(omega), math.sin(lam * omega) / math.sin(omega)
+    u, v = a / norm_a, b / norm_b
+    return 2.0 * math.atan2((u - v).norm().item(), (u + v).norm().item()), norm_a, norm_b
 
 
 def slerp(a, b, lam):
     """Spherical linear interpolation of two *task vectors* (eq. 3 of WARP; Shoemake 1985), along the arc between them:
 
-        slerp(a, b, λ) = sin((1−λ)Ω) / sin Ω · a + sin(λΩ) / sin Ω · b,      Ω = ∠(a, b)
+        slerp(a, b, λ) = [ sin((1−λ)Ω) a + sin(λΩ) b ] / sin Ω,      Ω = ∠(a, b)
 
     λ = 0 gives a, λ = 1 gives b; equal norms are kept, where the linear mean would shrink them. a, b: tensors of one
     shape. Returns a new tensor. Raises ValueError for opposite vectors.
     """
-    omega, _, _ = angle([a], [b])
-    weight_a, weight_b = _slerp_weights(omega, lam)
-    return weight_a * a + weight_b * b
+    omega, _, _ = angle(a, b)
+    if omega < 1e-4:  # (nearly) the same direction, or a zero vector: the limit of the formula, linear
+        return (1.0 - lam) * a + lam * b
+    if math.pi - omega < 1e-4:
+        raise ValueError("slerp of opposite task vectors is undefined: no direction lies between them")
+    return (math.sin((1.0 - lam) * omega) * a + math.sin(lam * omega) * b) / math.sin(omega)
 
 
 def group_names(names, by="block"):
@@ -87,8 +79,13 @@ def group_names(names, by="block"):
     return groups
 
 
+def task_vector(policy, init, names):
+    """δ = θ − θ_init of the named tensors, flattened into one vector (n,)."""
+    return torch.cat([(policy[name] - init[name]).flatten() for name in names])
+
+
 def merge(init, policies, by="block"):
-    """θ_slerp: the policies' task vectors merged along the arc, group by group (Algorithm 1, line 9; eq. 26 for M > 2).
+    """θ_slerp: the policies' task vectors merged along the arc, group by group (Algorithm 1; eq. 26 for M > 2).
 
         δ_m = θ_m − θ_init;   acc ← δ_1;   acc ← slerp(acc, δ_m, λ = 1/m) for m = 2..M;   θ_slerp = θ_init + acc
 
@@ -99,13 +96,11 @@ def merge(init, policies, by="block"):
         raise ValueError("merge needs at least one policy")
     merged = {}
     for names in group_names(init, by).values():
-        acc = [policies[0][name] - init[name] for name in names]
-        for m, policy in enumerate(policies[1:], start=2):
-            delta = [policy[name] - init[name] for name in names]
-            omega, _, _ = angle(acc, delta)
-            weight_acc, weight_delta = _slerp_weights(omega, 1.0 / m)
-            acc = [weight_acc * a + weight_delta * d for a, d in zip(acc, delta)]
-        merged |= {name: init[name] + a for name, a in zip(names, acc)}
+        acc, *deltas = (task_vector(policy, init, names) for policy in policies)  # (n,) each
+        for m, delta in enumerate(deltas, start=2):
+            acc = slerp(acc, delta, 1.0 / m)
+        pieces = acc.split([init[name].numel() for name in names])
+        merged |= {name: init[name] + piece.view_as(init[name]) for name, piece in zip(names, pieces)}
     return {name: merged[name] for name in init}
 
 
@@ -117,11 +112,10 @@ def task_vector_geometry(init, policies, by="block"):
     """
     angles, ratios = [], []
     for names in group_names(init, by).values() if len(policies) > 1 else ():
-        first, second = ([policy[name] - init[name] for name in names] for policy in policies[:2])
-        omega, norm_first, norm_second = angle(first, second)
-        if norm_first and norm_second:
+        omega, norm_1, norm_2 = angle(*(task_vector(policy, init, names) for policy in policies[:2]))
+        if norm_1 and norm_2:
             angles.append(math.degrees(omega))
-            ratios.append(norm_first / norm_second)
+            ratios.append(norm_1 / norm_2)
     return {"angle_degrees": _spread(angles), "norm_ratio": _spread(ratios)}
 
 

@@ -232,7 +232,7 @@ def workplace(tmp_path, monkeypatch, models_folder):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__("sys").modules, "functions", raising=False)
-    for name in ("train_rm.ensure_toy_world", "rlhf_min.toy.ensure_policy"):
+    for name in ("rlhf_min.toy.ensure_run", "rlhf_min.toy.ensure_policy"):
         monkeypatch.setattr(name, lambda: pytest.fail("built the embedded world"))
     return tmp_path
 

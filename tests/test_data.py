@@ -16,6 +16,7 @@ from rlhf_min.data import (
     encode_prompt,
     load_pairs,
     load_prompts,
+    pad,
     read_rows,
     read_texts,
     split_prompts,
@@ -86,9 +87,9 @@ def test_plain_pairs(tmp_path):
     rows = [{"prompt": "A film?", "chosen": " Great.", "rejected": " Dull."}, {"chosen": "Great.", "rejected": "Dull."},
             {"prompt": "", "chosen": "Good.", "rejected": "Bad."}]  # fmt: skip
     assert load_pairs(jsonl(tmp_path / "p.jsonl", *rows))[0] == [
-        Pair("A film?", " Great.", " Dull.", True),
-        Pair("", "Great.", "Dull.", True),
-        Pair("", "Good.", "Bad.", True),
+        Pair("A film?", " Great.", " Dull.", False),
+        Pair("", "Great.", "Dull.", False),
+        Pair("", "Good.", "Bad.", False),
     ]
 
 
@@ -97,20 +98,20 @@ def test_conversations_with_explicit_and_implicit_prompt(tmp_path):
     explicit = {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD]}
     implicit = {"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}
     pairs, _ = load_pairs(jsonl(tmp_path / "p.jsonl", explicit, implicit))
-    assert pairs == [Pair([SYSTEM, USER], "Great.", "Dull.", True)] * 2
+    assert pairs == [Pair([SYSTEM, USER], "Great.", "Dull.", False)] * 2
 
 
 def test_identical_conversations_keep_their_answer(tmp_path):
     """The shared beginning never takes in the last message: equal answers stay answers."""
     row = {"chosen": [USER, GOOD], "rejected": [USER, GOOD]}
-    assert load_pairs(jsonl(tmp_path / "p.jsonl", row))[0] == [Pair([USER], "Great.", "Great.", True)]
+    assert load_pairs(jsonl(tmp_path / "p.jsonl", row))[0] == [Pair([USER], "Great.", "Great.", False)]
 
 
 def test_labelled_texts_are_paired_in_order(tmp_path):
     """The i-th good text goes with the i-th bad one, whatever stands between; the surplus is left out and counted."""
     rows = [("b1", 0), ("b2", 0), ("g1", 1), ("b3", 0), ("g2", 1)]
     pairs, unpaired = load_pairs(jsonl(tmp_path / "p.jsonl", *({"text": t, "label": y} for t, y in rows)))
-    assert pairs == [Pair("", "g1", "b1", False), Pair("", "g2", "b2", False)] and unpaired == 1
+    assert pairs == [Pair("", "g1", "b1", True), Pair("", "g2", "b2", True)] and unpaired == 1
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_hub_data_sets_go_through_datasets(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     monkeypatch.setattr("rlhf_min.models.hub_reachable", lambda: True)
-    assert load_pairs("owner/name:validation")[0] == [Pair("", "good", "bad", True)]
+    assert load_pairs("owner/name:validation")[0] == [Pair("", "good", "bad", False)]
     assert list(read_rows("owner/name")) == [("owner/name, row 1", {"chosen": "good", "rejected": "bad"})]
     assert calls == [("owner/name", "validation"), ("owner/name", "train")]
 
@@ -350,3 +351,11 @@ def test_half_a_surrogate_pair_is_refused(tmp_path, tiny_tokenizer, read):
             load_prompts(str(tmp_path / "a.jsonl"), tiny_tokenizer, 3, 32)
         else:
             load_pairs(str(tmp_path / "a.jsonl"))
+
+
+def test_pad_by_hand():
+    """T1, T3: the mask is True on the tokens that are real, also where one of them is the pad token's id."""
+    tokens, mask = pad([[5, 9], [7]], 9, "cpu")
+    assert tokens.tolist() == [[5, 9], [7, 9]] and mask.tolist() == [[True, True], [True, False]]
+    tokens, mask = pad([[5, 9], [7]], 9, "cpu", side="left")
+    assert tokens.tolist() == [[5, 9], [9, 7]] and mask.tolist() == [[True, True], [False, True]]

@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_min.data import Prompt
+from rlhf_min.data import Prompt, pad
 from rlhf_min.evaluation import judge_policy, mean_se
 from rlhf_min.models import get_weights
 from rlhf_min.reinforce import MovingAverageBaseline, kl_estimate, policy_gradient_loss, prefix_kl, shaped_reward
-from rlhf_min.rollout import Rollout, completion_logits, completion_mask, left_pad, sample, token_logprobs
+from rlhf_min.rollout import Rollout, completion_logits, completion_mask, sample, token_logprobs
 
 EOS, LENGTH, TEMPERATURE, BETA = 3, 3, 0.8, 0.3
 PROMPTS = [[0, 1], [2]]  # the second one is left-padded
@@ -84,7 +84,7 @@ def gradient(scalar, model):
 
 def enumeration_rollout():
     """All answers to both prompts as one batch, as if they had been sampled; pad is EOS."""
-    tokens, attention_mask = left_pad([x for x, _ in CASES], EOS)
+    tokens, attention_mask = pad([x for x, _ in CASES], EOS, "cpu", side="left")
     completions = torch.tensor([[*y, *[EOS] * (LENGTH - len(y))] for _, y in CASES])
     attention_mask = torch.cat([attention_mask, torch.ones_like(completions, dtype=torch.bool)], dim=1)
     mask = completion_mask(completions, EOS)
@@ -298,7 +298,7 @@ def test_sampled_step_points_uphill(model, reference, sampled):
     assert ((step @ direction) - exact.norm()).abs() < 4 * error
 
 
-TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=EOS, decode=lambda ids, **_: str(ids.tolist()))
+TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=EOS, decode=lambda ids, **_: str(ids))
 OPTIONS = SimpleNamespace(seed=0, batch_size=1000, precision="fp32", max_length=2 + LENGTH, temperature=TEMPERATURE)
 
 

@@ -201,6 +201,6 @@ def test_auto_is_what_the_machine_has(monkeypatch):
     assert pick_device("auto") == CPU
     assert pick_precision("auto", CPU) == "fp32"
     for supported, precision in ((True, "bf16"), (False, "fp16")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported: supported)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, supported=supported: supported)
         assert pick_precision("auto", torch.device("cuda")) == precision
     assert pick_precision("fp16", CPU) == "fp16"

@@ -20,12 +20,12 @@ from transformers import (
 )
 
 import train_rm
-from rlhf_min.data import Pair, encode_prompt, load_pairs, load_prompts
+from rlhf_min.data import Pair, encode_prompt, load_pairs, load_prompts, pad
 from rlhf_min.errors import UserError
 from rlhf_min.evaluation import judge_policy
 from rlhf_min.models import save_model
 from rlhf_min.pretrain import train_tokenizer
-from rlhf_min.reward_model import RewardModel, classify, encode_answer, load_judge, right_pad
+from rlhf_min.reward_model import RewardModel, classify, encode_answer, load_judge
 
 CPU = torch.device("cpu")
 EOS = "<|endoftext|>"
@@ -134,14 +134,14 @@ def test_conversations_need_a_template(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("build", [gpt2, llama])
-@pytest.mark.parametrize("pad", [0, 1, 299])
-def test_the_last_real_token_is_pooled(build, pad):
+@pytest.mark.parametrize("pad_id", [0, 1, 299])
+def test_the_last_real_token_is_pooled(build, pad_id):
     """T20: the score depends on the last real token, not on how many pads of which id stand behind it."""
     model, row = build(300), [5, 6, 7, 0]  # ends in EOS, id 0, which may be the pad token, too
     with torch.no_grad():
-        alone = classify(model, *right_pad([row], 1, CPU))[0]
-        padded = classify(model, *right_pad([row, [5] * 20], pad, CPU))[0]
-        changed = classify(model, *right_pad([[5, 6, 7, 8], [5] * 20], pad, CPU))[0]
+        alone = classify(model, *pad([row], 1, CPU))[0]
+        padded = classify(model, *pad([row, [5] * 20], pad_id, CPU))[0]
+        changed = classify(model, *pad([[5, 6, 7, 8], [5] * 20], pad_id, CPU))[0]
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
     assert (changed - alone).abs() > 1e-3
 
@@ -166,17 +166,20 @@ def test_a_long_prompt_leaves_the_answer_between_cls_and_sep(bert_tokenizer, end
 def test_a_long_labelled_text_keeps_its_beginning(tiny_tokenizer, bert_tokenizer):
     """T21: a labelled text has no prompt; its beginning stands for it, and then it has not ended."""
     text = "The film was great fun. " * 30
-    rows, dropped = train_rm.encode_pairs([Pair("", text, "I slept.", False)], tiny_tokenizer, 12)
+    rows, dropped = train_rm.encode_pairs([Pair("", text, "I slept.", True)], tiny_tokenizer, 12)
     assert rows[0][0] == tiny_tokenizer(text)["input_ids"][:12]
     assert rows[0][1] == [*tiny_tokenizer("I slept.")["input_ids"], tiny_tokenizer.eos_token_id]
     assert not dropped
-    rows, _ = train_rm.encode_pairs([Pair("", "a b c d " * 9, "a", False)], bert_tokenizer, 5)
+    rows, _ = train_rm.encode_pairs([Pair("", "a b c d " * 9, "a", True)], bert_tokenizer, 5)
     assert [bert_tokenizer.decode(row) for row in rows[0]] == ["[CLS] a b c [SEP]", "[CLS] a [SEP]"]
 
 
 def test_pairs_that_do_not_fit_are_dropped_and_counted(tiny_tokenizer):
     """T21: a pair with a prompt that is too long is dropped, not cut, and so is one whose answers are the same."""
-    pairs = [Pair("The film " * 30, "a", "b", True), Pair("The film", "a", "a", True), Pair("The film", "a", "b", True)]
+    pairs = [
+        Pair(prompt, "a", other, False)
+        for prompt, other in (("The film " * 30, "b"), ("The film", "a"), ("The film", "b"))
+    ]
     rows, dropped = train_rm.encode_pairs(pairs, tiny_tokenizer, 20)
     assert len(rows) == 1
     assert dict(dropped) == {"longer than 20 tokens": 1, "identical": 1}
@@ -251,7 +254,7 @@ def test_distilbert_scores_a_batch_like_single_answers(tmp_path, bert_tokenizer)
 def test_answers_longer_than_the_models_positions(tmp_path, tiny_tokenizer):
     """A judge never reads more tokens than its model has positions for, whatever --max-length says."""
     save_model(gpt2(len(tiny_tokenizer)), tiny_tokenizer, tmp_path)
-    judge = load_judge(str(tmp_path), CPU, max_length=512)
+    judge = load_judge(str(tmp_path), CPU)
     assert judge.max_length == 64
     reward, _ = judge(["The film was dull. " * 40], [" Great fun."], [True])
     assert torch.isfinite(reward).all()
@@ -338,7 +341,7 @@ def test_the_base_gets_a_pad_token_of_its_own(tmp_path, tiny_policy):
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, model.config.pad_token_id) == (0, 300, 300)
     rows = [encode_answer(tokenizer, prompt, " w8 w9") for prompt in ("w5", "w5 w6 w7")]
     assert rows == [[5, 8, 9, 0], [5, 6, 7, 8, 9, 0]]
-    batch = right_pad(rows, tokenizer.pad_token_id, CPU)
+    batch = pad(rows, tokenizer.pad_token_id, CPU)
     with torch.no_grad():
         ours, theirs = classify(model.eval(), *batch), model(input_ids=batch[0], attention_mask=batch[1]).logits
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf_min.data import pad
 from rlhf_min.models import get_weights, set_weights
 from rlhf_min.reinforce import kl_estimate, policy_gradient_loss, shaped_reward
 from rlhf_min.rollout import (
@@ -15,7 +17,6 @@ from rlhf_min.rollout import (
     completion_logits,
     completion_mask,
     decode_completions,
-    left_pad,
     positions,
     sample,
     token_logprobs,
@@ -106,13 +107,6 @@ def test_completion_mask_with_several_eos():
     """T4: any id of a list ends an answer."""
     tokens = torch.tensor([[1, 2, 5, 7], [1, 7, 5, 2], [1, 1, 1, 1]])
     assert completion_mask(tokens, [5, 7]).sum(-1).tolist() == [3, 2, 4]
-
-
-def test_left_pad():
-    """T3: prompts end at the same column; the mask is by place, so a real token with the pad's id stays."""
-    tokens, attention_mask = left_pad([[1, 2, 3], [9, 4]], pad_token_id=9)
-    assert tokens.tolist() == [[1, 2, 3], [9, 9, 4]]
-    assert attention_mask.tolist() == [[True, True, True], [False, True, True]]
 
 
 def test_positions():
@@ -292,8 +286,8 @@ def brute_force_answer(model, prompt, uniform, eos):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_cached_sampler_equals_brute_force(model, seed):
     """T56, T3: with cache and padding the sampler draws what one of bare prefixes draws from the same numbers."""
-    width = len(max(PROMPTS, key=len))
-    uniform = torch.rand(len(PROMPTS), 12 - width, generator=generator(seed), dtype=torch.float64)
+    room = 12 - len(max(PROMPTS, key=len))
+    uniform = torch.rand(len(PROMPTS), 12, generator=generator(seed), dtype=torch.float64)[:, :room]
     expected = [brute_force_answer(model, x, u, [EOS]) for x, u in zip(PROMPTS, uniform)]
     assert answers(roll(model, seed=seed)) == expected
 
@@ -301,7 +295,7 @@ def test_cached_sampler_equals_brute_force(model, seed):
 def test_several_eos_end_an_answer(model):
     """T4: the sampler stops at any id of a list, as the brute-force sampler does."""
     rollout = roll(model, eos=[5, 6, 7], pad=0)
-    uniform = torch.rand(len(PROMPTS), 7, generator=generator(), dtype=torch.float64)
+    uniform = torch.rand(len(PROMPTS), 12, generator=generator(), dtype=torch.float64)[:, :7]
     assert answers(rollout) == [brute_force_answer(model, x, u, [5, 6, 7]) for x, u in zip(PROMPTS, uniform)]
     last = [answer[-1] for answer, ended in zip(answers(rollout), rollout.ended) if ended]
     assert len(set(last)) > 1 and set(last) <= {5, 6, 7}
@@ -311,7 +305,7 @@ def test_shape_of_a_rollout(model):
     """T4, T8: prompts as given, then the answer, then pads; `ended` says which answers have an EOS."""
     prompts = [[1, 2], [3], [4, 5], [6]] * 4
     rollout = roll(model, prompts, max_length=6, pad=0)
-    tokens, attention_mask = left_pad(prompts, 0)
+    tokens, attention_mask = pad(prompts, 0, "cpu", side="left")
     assert torch.equal(rollout.tokens[:, :2], tokens)
     assert torch.equal(rollout.attention_mask[:, :2], attention_mask)
     assert rollout.attention_mask[:, 2:].all()
@@ -332,13 +326,12 @@ def test_sampling_stops_when_all_have_ended():
 
 
 def test_answers_do_not_depend_on_the_batch(model):
-    """T51: a prompt and its numbers decide the answer: two prompts together or one after the other draw the same."""
+    """T51: a prompt and its row of numbers decide the answer: together or one by one, prompts draw the same."""
     short, long = [4], [5, 6, 0, 1]
     together = answers(roll(model, [short, long], max_length=10))
-    alone = generator()
-    first = sample(model, [short], 7, TEMPERATURE, EOS, EOS, alone)  # six tokens each, as in the batch
-    second = sample(model, [long], 10, TEMPERATURE, EOS, EOS, alone)
-    assert answers(first) + answers(second) == together
+    one_by_one = generator()
+    first, second = (answers(sample(model, [x], 10, TEMPERATURE, EOS, EOS, one_by_one))[0] for x in (short, long))
+    assert [first[:6], second] == together  # in the batch the long prompt leaves six tokens to both
 
 
 def test_same_seed_same_answers(model):
@@ -406,3 +399,17 @@ def test_ids_that_text_would_not_give_back(tiny_policy, tiny_tokenizer):
     scores = token_logprobs(tiny_policy, rollout, TEMPERATURE)
     for row, mask, answer in zip(scores, rollout.mask, answers(rollout)):
         assert row[mask].tolist() == pytest.approx(score(tiny_policy, [70, 71], answer), abs=1e-4)
+
+
+def test_decode_keeps_the_space_before_the_answer():
+    """T66: a SentencePiece tokenizer drops a text's first space; between prompt and answer it must stay."""
+    vocab = {word: i for i, word in enumerate(["</s>", "▁a", "▁little", "▁girl", "s"])}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="</s>"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
+    tokens = torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 3, 4, 0, 0]])
+    attention_mask = torch.tensor([[False, True, True, True, True, True], [True] * 6])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    rollout = Rollout(tokens, attention_mask, mask, torch.tensor([True, True]))
+    assert tokenizer.decode([3, 4]) == "girls"
+    assert decode_completions(tokenizer, rollout) == [" girls", "s"]

@@ -66,7 +66,7 @@ def test_warp_writes_what_a_run_is(warp_run):
     """run.json, metrics.jsonl, summary.json, model/ and merged/, each readable by what reads it."""
     folder, _ = warp_run
     run = json.loads((folder / "run.json").read_text())
-    assert run["options"]["lr"] == 1e-3 and run["options"]["mu"] == 0.01 and run["seed"] == 42
+    assert run["options"]["lr"] == 1e-3 and run["options"]["mu"] == 0.01 and run["options"]["seed"] == 42
     summary = json.loads((folder / "summary.json").read_text())
     front = summary["front"]
     assert [row["eta"] for row in front] == [0, 0.25, 0.5, 0.75, 1]

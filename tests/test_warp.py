@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from rlhf_min.models import get_weights, set_weights, trained_weights
-from rlhf_min.warp import angle, ema_update, group_names, interpolate, merge, slerp, task_vector_geometry
+from rlhf_min.warp import angle, ema_update, group_names, interpolate, merge, slerp, task_vector, task_vector_geometry
 
 
 def vector(*values):
@@ -91,35 +91,37 @@ def test_interpolate_ends_to_the_bit():
 @pytest.mark.parametrize("omega", [math.pi / 2, math.pi / 3, 1e-3, 1e-7, 1e-9, math.pi - 1e-7])
 def test_angle_is_exact(omega):
     """T42: Ω to nine digits, also where arccos is off (at 1e-9 it gives 0), and both norms, the first one first."""
-    assert angle([at(0, 3.0)], [at(omega, 0.5)]) == pytest.approx((omega, 3.0, 0.5), rel=1e-9)
+    assert angle(at(0, 3.0), at(omega, 0.5)) == pytest.approx((omega, 3.0, 0.5), rel=1e-9)
 
 
 def test_angle_near_zero_beats_arccos():
     """T42: at Ω = 1e-8 the cosine rounds to 1, so that arccos ⟨u, v⟩ is wrong by all of it."""
     a, b = at(0), at(1e-8)
     assert math.acos(min(1.0, (a @ b).item())) == 0.0
-    assert angle([a], [b])[0] == pytest.approx(1e-8, rel=1e-9)
+    assert angle(a, b)[0] == pytest.approx(1e-8, rel=1e-9)
 
 
-def test_angle_of_several_tensors():
-    """T41: a list of tensors is one long vector, whatever their shapes."""
+def test_task_vector_of_several_tensors():
+    """T41: the tensors of a group make one long vector, whatever their shapes; the others have no part in it."""
+    init = {"x": vector(1.0, 1.0), "y": torch.full((2, 1), 3.0, dtype=torch.float64), "z": vector(9.0)}
+    a = init | {"x": vector(2.0, 1.0)}
+    b = init | {"x": vector(2.0, 1.0), "y": torch.tensor([[4.0], [3.0]], dtype=torch.float64), "z": vector(0.0)}
     # (1, 0, 0, 0) and (1, 0, 1, 0): 45°, norms 1 and √2
-    a = [vector(1.0, 0.0), torch.tensor([[0.0], [0.0]])]
-    b = [vector(1.0, 0.0), torch.tensor([[1.0], [0.0]])]
-    assert angle(a, b) == pytest.approx((math.pi / 4, 1.0, math.sqrt(2)))
+    vectors = (task_vector(policy, init, ["x", "y"]) for policy in (a, b))
+    assert angle(*vectors) == pytest.approx((math.pi / 4, 1.0, math.sqrt(2)))
 
 
 def test_angle_of_float32_weights():
     """T42: float32 vectors are measured in float64: every entry off by one part in 2^20 is an angle of 2^-20."""
     a = torch.ones(10_000)
     b = a + 2**-20 * torch.tensor([1.0, -1.0]).repeat(5_000)  # exact in float32, and b − a is orthogonal to a
-    assert angle([a], [b])[0] == pytest.approx(2**-20, rel=1e-9)
+    assert angle(a, b)[0] == pytest.approx(2**-20, rel=1e-9)
 
 
 def test_angle_with_a_zero_vector():
     """T42: a run that moved nothing has no direction: Ω is 0, and the other norm is still told."""
-    assert angle([vector(0.0, 0.0)], [vector(3.0, 4.0)]) == (0.0, 0.0, 5.0)
-    assert angle([vector(3.0, 4.0)], [vector(0.0, 0.0)]) == (0.0, 5.0, 0.0)
+    assert angle(vector(0.0, 0.0), vector(3.0, 4.0)) == (0.0, 0.0, 5.0)
+    assert angle(vector(3.0, 4.0), vector(0.0, 0.0)) == (0.0, 5.0, 0.0)
 
 
 # SLERP

@@ -2,12 +2,9 @@
 
     python train_warp.py --lr 1e-4                          # the embedded world: offline, two minutes on two cores
 
-What this file is not, and where it departs from the paper:
-  1. The policy-gradient step is REINFORCE with a moving-average baseline (Back to Basics, 2402.14740); Algorithm 1 of
-     WARP leaves the estimator open. Each run has its own baseline.
-  2. The M runs of an iteration come one after the other.
-  3. π is the *sampling* distribution: policy, anchor and SFT are all taken at --temperature.
-  4. Learning rate, batch and T are those of the student report, hundreds of times less training than in the paper.
+This file is Algorithm 1 and nothing else: the mathematics is in rlhf_min/reinforce.py and rlhf_min/warp.py. The policy
+gradient is REINFORCE with a moving-average baseline (Back to Basics, 2402.14740), the M runs of an iteration come one
+after the other, and learning rate, batch and T are a student report's. README.md numbers all departures from the paper.
 """
 
 from dataclasses import dataclass

@@ -244,11 +244,12 @@ def test_evaluate_compares_with_the_first(warp_run, in_world):
 
 
 def readme_commands():
-    """The python commands in the README's code blocks, comments cut off."""
+    """The python commands in the README's code, blocks and spans; .ci/run has those of pip, pytest and mutants.py."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
-    lines = [line.partition("#")[0].rpartition("&&")[2].strip() for block in blocks for line in block.splitlines()]
-    return sorted({line for line in lines if line.startswith("python ")})
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    code = [line.rpartition("&&")[2].strip() for block in blocks for line in block.splitlines()]
+    code += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+    return sorted({line for line in code if line.startswith("python ") and "tests/" not in line})
 
 
 @pytest.mark.parametrize("command", readme_commands())
@@ -273,7 +274,7 @@ def test_readme_commands(command, warp_run, in_world, monkeypatch):
         "train_warp.py": SMALL[:-2], "train_rm.py": ["--epochs", "1", "--accept-weak"],
         "evaluate.py": ["--num-prompts", "16"], "rlhf_min.pretrain": ["--epochs", "1"],
     }  # fmt: skip
-    flags = [re.sub(r"runs/warp-\d+", str(warp_run[0]), flag) for flag in flags]
+    flags = [re.sub(r"runs/warp-\d", str(warp_run[0]), flag) for flag in flags]
     name = re.sub(r"\W+", "-", command)
     if "--out" in flags:
         flags[flags.index("--out") + 1] = f"runs/{name}"

@@ -49,7 +49,7 @@ def plot_front(fronts, judge_names, path):
         for label, rows in fronts.items():
             panel.errorbar([row["kl"] for row in rows], [row[name] for row in rows], fmt="o-", capsize=2, label=label,
                            xerr=[row["kl_se"] for row in rows], yerr=[row[f"{name}_se"] for row in rows])  # fmt: skip
-            for row in rows:
+            for row in (rows[0], rows[-1]):
                 if "eta" in row:
                     panel.annotate(f"η={row['eta']:g}", (row["kl"], row[name]), xytext=(4, -10),
                                    textcoords="offset points", fontsize=7)  # fmt: skip

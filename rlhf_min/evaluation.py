@@ -115,7 +115,10 @@ def win_rate(values, reference):
 
 
 def format_table(rows, columns):
-    """Rows (dictionaries) as a Markdown table; `column` shows `column_se` behind ± where the row has it."""
+    """Rows (dictionaries) as a Markdown table.
+
+    Where the row has them, `column` shows `column_se` behind ±, or `column_low` and `column_high` in brackets.
+    """
 
     def cell(row, name):
         value, error = row.get(name), row.get(f"{name}_se")
@@ -123,7 +126,8 @@ def format_table(rows, columns):
             return "–"
         if not isinstance(value, float):
             return str(value)
-        return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+        interval = f" [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]" if f"{name}_low" in row else ""
+        return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else interval)
 
     lines = [columns, ["---"] * len(columns), *([cell(row, name) for name in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

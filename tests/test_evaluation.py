@@ -114,13 +114,14 @@ def test_distinct_2_by_hand():
 
 
 def test_format_table():
-    """A Markdown table: numbers to three places, their errors behind ±, a dash for what is missing or NaN."""
-    rows = [{"policy": "sft", "kl": 0.0, "kl_se": 0.0, "n": 3}, {"policy": "new", "kl": math.nan, "gold": 0.12345}]
+    """A Markdown table: numbers to three places, error or interval behind them, a dash for what is missing or NaN."""
+    new = {"policy": "new", "kl": math.nan, "gold": 0.12345, "gold_low": 0.1, "gold_high": 0.15}
+    rows = [{"policy": "sft", "kl": 0.0, "kl_se": 0.0, "n": 3}, new]
     assert format_table(rows, ["policy", "kl", "n", "gold"]).splitlines() == [
         "| policy | kl | n | gold |",
         "| --- | --- | --- | --- |",
         "| sft | 0.000 ± 0.000 | 3 | – |",
-        "| new | – | – | 0.123 |",
+        "| new | – | – | 0.123 [0.100, 0.150] |",
     ]
 
 

@@ -46,7 +46,9 @@ class EvaluateOptions(RunOptions):
     prompts: str = option(toy.PROMPTS, "lines with 'prompt', or with 'text', whose first tokens are the prompt")
     prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
     exclude: str = option("", "leave out prompts that this file has, too, such as the training prompts")
-    num_prompts: int = option(256, "prompts, drawn at random", low=2)
+    num_prompts: int = option(
+        256, "prompts, drawn by --seed: with seed and number of a WARP run, those it held out", low=2
+    )
     temperature: float = option(0.7, "of sampling and of the policies whose KL is measured", low=0.01)
     max_length: int = option(64, "tokens of prompt and answer", low=2)
     batch_size: int = option(64, "prompts at a time", low=1)

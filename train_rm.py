@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf_min import toy
-from rlhf_min.data import batches, check_source, load_pairs, pad
+from rlhf_min.data import batches, check_source, load_pairs, pad, shuffle
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.losses import pairwise_loss
 from rlhf_min.models import context_length, get_weights, load_classifier, save_model, set_weights
@@ -169,8 +169,8 @@ def main(argv=None):
         eval_rows, _ = encode_pairs(eval_pairs, tokenizer, options.max_length)
     else:
         held_out = math.ceil(options.eval_fraction * len(train_rows))
-        order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(options.seed)).tolist()
-        eval_rows, train_rows = [train_rows[i] for i in order[:held_out]], [train_rows[i] for i in order[held_out:]]
+        train_rows = shuffle(train_rows, torch.Generator().manual_seed(options.seed))
+        eval_rows, train_rows = train_rows[:held_out], train_rows[held_out:]
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     if len(train_rows) < options.batch_size or not eval_rows:
         raise UserError(f"{options.data}: {len(train_rows)} pairs to train and {len(eval_rows)} to validate on are too "
@@ -180,6 +180,7 @@ def main(argv=None):
         raise UserError(f"{len(eval_rows)} validation pairs cannot tell a reward model from chance; give 10 at least "
                         "(--eval-data, --eval-fraction), or insist with --accept-weak")  # fmt: skip
     log.begin()
+    print(f"base: {options.base}, with a head for one reward, new unless it had one")
     print(f"pairs: {len(train_rows)} to train on, {len(eval_rows)} to validate on; dropped: {reasons}")
 
     validation = train(model, tokenizer, train_rows, eval_rows, options, log)

@@ -136,7 +136,7 @@ def report(front, samples, geometry, options):
             print(f"\niteration {iteration}: angle of the task vectors {angle['median']:.0f}° ({angle['min']:.0f}° to "
                   f"{angle['max']:.0f}°), norm ratio {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) "
                   f"by {options.merge_by}", end="")  # fmt: skip
-    print(f"\n\nμT = {options.mu * options.steps:g}: the anchor's memory is 1/μ = {1 / max(options.mu, 1e-9):g} steps")
+    print(f"\n\nμT = {options.mu * options.steps:g}, in the paper 50 to 90: how often the anchor is renewed in a run")
 
 
 @one_line_errors

@@ -84,7 +84,7 @@ class RunLog:
 
     def metrics(self):
         """All lines written so far."""
-        return [json.loads(line) for line in open(self.folder / "metrics.jsonl", encoding="ascii")]
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text("ascii").splitlines()]
 
     def finish(self, **summary):
         """Write summary.json, and say where everything is."""

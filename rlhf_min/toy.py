@@ -176,7 +176,7 @@ def ensure_policy():
 
 
 def ensure_run(folder, main):
-    """Run `main` with its defaults into `folder`, unless a finished run is there; an interrupted one is made anew."""
-    if not Path(folder, "summary.json").exists():
+    """Run `main` with its defaults into `folder`, unless a finished run with a model is there; others are made anew."""
+    if not (Path(folder, "summary.json").exists() and Path(folder, "model").exists()):
         shutil.rmtree(folder, ignore_errors=True)
         main(["--out", folder])

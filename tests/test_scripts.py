@@ -243,6 +243,22 @@ def test_evaluate_compares_with_the_first(warp_run, in_world):
     assert "| runs/toy/policy |" in Path("runs/compared/table.md").read_text()
 
 
+def test_a_run_without_a_model_is_not_cached(tmp_path):
+    """A run that was interrupted, or whose reward model was refused, is made anew; a finished one is left alone."""
+    calls, folder = [], tmp_path / "run"
+
+    def main(argv):
+        calls.append(argv)
+        (folder / "model").mkdir(parents=True)
+        (folder / "summary.json").write_text("{}")
+
+    folder.mkdir()
+    (folder / "summary.json").write_text("{}")
+    toy.ensure_run(str(folder), main)
+    toy.ensure_run(str(folder), main)
+    assert calls == [["--out", str(folder)]]
+
+
 def readme_commands():
     """The python commands in the README's code, blocks and spans; .ci/run has those of pip, pytest and mutants.py."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

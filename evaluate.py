@@ -1,6 +1,7 @@
 """Compare policies under judges, on the same prompts and random numbers; sweep the front of WARP runs.
 
     python evaluate.py --policies runs/toy/policy runs/warp-1      # the first is the reference
+    python evaluate.py --policies runs/toy/policy runs/reinforce-1 runs/warp-1 --match-kl 1
     python evaluate.py --front runs/warp-1 runs/warp-2             # their KL–reward fronts in one plot
 
 Without a flag: the embedded world's SFT policy against the newest WARP run.
@@ -14,52 +15,49 @@ import torch
 
 import train_rm
 from rlhf_min import toy
-from rlhf_min.data import load_prompts, shuffle, without
+from rlhf_min.data import shuffle, without
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.evaluation import (
     format_table,
     judge_policy,
     load_judges,
+    match_kl,
     paired_difference,
     summarise,
     sweep_front,
     win_rate,
+    z_score,
 )
+from rlhf_min.inputs import SamplingOptions, read_prompts
 from rlhf_min.models import find_model, get_weights, load_policy
-from rlhf_min.options import RunOptions, option, parse_options
+from rlhf_min.options import option, parse_options
 from rlhf_min.plots import plot_front
 from rlhf_min.precision import resolve_device
 from rlhf_min.runlog import RunLog
 
 
 @dataclass
-class EvaluateOptions(RunOptions):
+class EvaluateOptions(SamplingOptions):
     """Compare policies with the first one under judges, or sweep the fronts of WARP runs."""
 
     policies: list = option(
         [], "policies to compare: run folders, transformers folders or hub names; first = reference"
     )
+    match_kl: float = option(
+        0.0, "compare at this KL to the first policy, in nats: those further off are moved back; 0 as they are", low=0
+    )
     front: list = option([], "WARP runs whose front θ_sft → θ_slerp is swept over η, instead of --policies")
     front_points: int = option(5, "values of η, evenly spaced in [0, 1]", low=2)
-    judges: list = option([], "name=spec, spec a classifier with one label or package.module.function "
-                          "(default: the embedded world's reward model, gold score and fluency)")  # fmt: skip
-    prompts: str = option(toy.PROMPTS, "lines with 'prompt', or with 'text', whose first tokens are the prompt")
-    prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
     exclude: str = option("", "leave out prompts that this file has, too, such as the training prompts")
     num_prompts: int = option(
-        256, "prompts, drawn by --seed: with seed and number of a WARP run, those it held out", low=2
+        256, "prompts, drawn by --seed: with seed and number of a training run, those it held out", low=2
     )
-    temperature: float = option(0.7, "of sampling and of the policies whose KL is measured", low=0.01)
-    max_length: int = option(64, "tokens of prompt and answer", low=2)
-    batch_size: int = option(64, "prompts at a time", low=1)
-    seed: int = option(42, "seed of the prompts, the samples and the bootstrap", low=0, high=2**31 - 1)
 
 
 def draw_prompts(tokenizer, options):
     """`num_prompts` prompts of the file; the same ones for every policy with the same tokenizer."""
-    prompts = load_prompts(options.prompts, tokenizer, options.prompt_tokens, options.max_length)
-    if options.exclude:
-        prompts = without(prompts, load_prompts(options.exclude, tokenizer, options.prompt_tokens, options.max_length))
+    prompts, excluded = (read_prompts(file, tokenizer, options) for file in (options.prompts, options.exclude))
+    prompts = without(prompts, excluded)
     if len(prompts) < options.num_prompts:
         raise UserError(
             f"{options.prompts}: {len(prompts)} distinct prompts; lower --num-prompts {options.num_prompts}"
@@ -68,7 +66,7 @@ def draw_prompts(tokenizer, options):
 
 
 def compare(judges, options, device):
-    """A row per policy; against the first one also the paired difference and the win rate under every judge."""
+    """A row per policy; against the first one z-scores, paired differences and win rates under every judge."""
     rows, first, reference = [], None, None
     for name in options.policies:
         policy, tokenizer = load_policy(name, device, options.max_length)
@@ -76,9 +74,15 @@ def compare(judges, options, device):
             reference, vocabulary = policy, tokenizer.get_vocab()
         same = tokenizer.get_vocab() == vocabulary  # KL needs the same tokens
         prompts = draw_prompts(tokenizer, options)
+        matched = {}
+        if options.match_kl:
+            if not same:
+                raise UserError(f"{name}: --match-kl needs the vocabulary of {options.policies[0]}")
+            matched["eta"] = match_kl(policy, tokenizer, prompts, options, reference, options.match_kl)
         columns = judge_policy(policy, tokenizer, prompts, judges, options, reference if same else None)
-        row = {"policy": name, **summarise(columns, judges)}
+        row = {"policy": name, **matched, **summarise(columns, judges)}
         first = first or columns
+        row |= {f"{judge}_z": z_score(columns[judge], first[judge]) for judge in judges}
         if columns is not first:
             if columns["prompt"] != first["prompt"]:
                 raise UserError(f"{name}: its tokenizer cuts other prompts than {options.policies[0]}'s, so answers "
@@ -121,6 +125,8 @@ def main(argv=None):
     device = resolve_device(options)
     if options.front and options.policies:
         raise UserError("--front and --policies exclude each other; run evaluate.py twice")
+    if options.front and options.match_kl:
+        raise UserError("--match-kl goes with --policies; a front has all of its KLs")
     log = RunLog("evaluate", options)
     if not options.front and not options.policies:
         options.policies = [toy.POLICY, newest_warp_run()]

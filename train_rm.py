@@ -1,7 +1,8 @@
-"""Train a reward model on preference pairs: a classifier with one label under the Bradley–Terry loss.
+"""Train a reward model on preference pairs: one reward (Bradley–Terry), or a distribution over the ratings 1 to 10.
 
     python train_rm.py                                      # the embedded world, in seconds
-    python train_rm.py --data pairs.jsonl --base openai-community/gpt2 --out runs/rm
+    python train_rm.py --head ordinal --ties half
+    python train_rm.py --data pairs.jsonl --base openai-community/gpt2 --lora-r 16 --out runs/rm
 
 The base is any model that transformers can put a classification head on. Its answers are read as the policy writes
 them: training and scoring tokenise by the same function, reward_model.encode_answer.
@@ -16,17 +17,18 @@ import torch
 from rlhf_min import toy
 from rlhf_min.data import batches, check_source, load_pairs, pad, shuffle
 from rlhf_min.errors import UserError, one_line_errors
-from rlhf_min.losses import pairwise_loss
+from rlhf_min.lora import LoRAOptions, add_lora, lora_layers, merge_lora, save_adapter
+from rlhf_min.losses import ordinal_loss, pairwise_loss
 from rlhf_min.models import context_length, get_weights, load_classifier, save_model, set_weights
-from rlhf_min.options import RunOptions, option, parse_options
+from rlhf_min.options import option, parse_options
 from rlhf_min.plots import plot_metrics
 from rlhf_min.precision import Optimizer, autocast, resolve_device
-from rlhf_min.reward_model import classify, encode_answer
+from rlhf_min.reward_model import classify, encode_answer, reward_and_sigma
 from rlhf_min.runlog import RunLog
 
 
 @dataclass
-class RewardModelOptions(RunOptions):
+class RewardModelOptions(LoRAOptions):
     """Train a reward model on preference pairs."""
 
     data: str = option(toy.TRAIN_PAIRS, "pairs: prompt/chosen/rejected, or text/label, which are paired in order")
@@ -35,6 +37,11 @@ class RewardModelOptions(RunOptions):
         0.1, "share of --data to validate on where there is no --eval-data", low=0.01, high=0.9
     )
     base: str = option(toy.POLICY, "model that gets the head: a run folder, a transformers folder or a hub name")
+    head: str = option("scalar", "one reward, or the ratings 1 to 10", choices=["scalar", "ordinal"])
+    ties: str = option("strict", "what an ordinal head makes of equal ratings: an error, or half of one",
+                       choices=["strict", "half"])  # fmt: skip
+    margin: bool = option(False, "the pairs have a field 'margin', which a scalar head's difference shall exceed")
+    lora_dropout: float = option(0.0, "dropout in front of the adapters", low=0, high=0.99)
     epochs: int = option(3, "passes over the pairs", low=1)
     batch_size: int = option(32, "pairs a forward pass", low=1)
     accumulation_steps: int = option(1, "forward passes an optimizer step", low=1)
@@ -42,7 +49,8 @@ class RewardModelOptions(RunOptions):
     warmup_steps: int = option(10, "optimizer steps of linear warm-up", low=0)
     weight_decay: float = option(0.0, "AdamW weight decay", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", low=0)
-    center_coefficient: float = option(0.01, "c of the centering term c (r_w + r_l)²; 0 leaves it out", low=0)
+    center_coefficient: float = option(0.01, "c of the centering term c (r_w + r_l)²; of E − (K+1)/2 for ratings; "
+                                             "0 leaves it out", low=0)  # fmt: skip
     max_length: int = option(512, "tokens; longer pairs are dropped, longer labelled texts keep their beginning", low=8)
     eval_every: int = option(50, "optimizer steps between validations", low=1)
     keep: str = option(
@@ -53,7 +61,7 @@ class RewardModelOptions(RunOptions):
 
 
 def encode_pairs(pairs, tokenizer, max_length):
-    """[(chosen ids, rejected ids)] and a Counter of the pairs that were dropped, by reason."""
+    """[(chosen ids, rejected ids, margin)] and a Counter of the pairs that were dropped, by reason."""
     rows, dropped = [], Counter()
     for pair in pairs:
         limit = max_length if pair.may_be_cut else None
@@ -64,36 +72,48 @@ def encode_pairs(pairs, tokenizer, max_length):
         elif max(len(chosen), len(rejected)) > max_length:
             dropped[f"longer than {max_length} tokens"] += 1
         else:
-            rows.append((chosen, rejected))
+            rows.append((chosen, rejected, pair.margin))
     return rows, dropped
 
 
-def score_pairs(model, rows, tokenizer):
-    """Rewards of the chosen and of the rejected answers of B pairs: (B,), (B,)."""
-    answers = [chosen for chosen, _ in rows] + [rejected for _, rejected in rows]
+def pair_logits(model, rows, tokenizer):
+    """Logits of the chosen and of the rejected answers of B pairs: (B, K), (B, K), in float32."""
+    answers = [chosen for chosen, _, _ in rows] + [rejected for _, rejected, _ in rows]
     tokens, attention_mask = pad(answers, tokenizer.pad_token_id, model.device)  # (2B, L)
-    return classify(model, tokens, attention_mask).float().squeeze(-1).chunk(2)
+    return classify(model, tokens, attention_mask).float().chunk(2)
+
+
+def pair_loss(chosen, rejected, rows, options):
+    """The loss of --head on logits (B, K) × 2, and what a metrics line says of them."""
+    reward_w, reward_l = reward_and_sigma(chosen)[0], reward_and_sigma(rejected)[0]  # (B,), (B,)
+    if options.head == "ordinal":
+        loss = ordinal_loss(chosen, rejected, options.ties, options.center_coefficient)
+    else:
+        margin = chosen.new_tensor([margin for _, _, margin in rows]) if options.margin else None  # (B,)
+        loss = pairwise_loss(reward_w, reward_l, margin, options.center_coefficient)
+    return loss, {
+        "loss": loss.item(),
+        "accuracy": (reward_w > reward_l).double().mean().item(),  # a tie is an error
+        "margin": (reward_w - reward_l).mean().item(),
+        "mean_reward": torch.cat([reward_w, reward_l]).mean().item(),
+    }
 
 
 @torch.no_grad()
 def evaluate_pairs(model, rows, tokenizer, options):
-    """Loss, accuracy (a tie is an error) and mean margin r_w − r_l on all rows, with dropout off."""
+    """The metrics of all rows, with dropout off, eval_ before their names."""
     model.eval()
-    rows = sorted(rows, key=lambda row: max(map(len, row)))  # little padding
+    rows = sorted(rows, key=lambda row: max(map(len, row[:2])))  # little padding
     with autocast(model.device, options.precision):
-        scores = [score_pairs(model, rows[i : i + options.batch_size], tokenizer)
+        logits = [pair_logits(model, rows[i : i + options.batch_size], tokenizer)
                   for i in range(0, len(rows), options.batch_size)]  # fmt: skip
     model.train()
-    chosen, rejected = (torch.cat(column) for column in zip(*scores))  # (N,), (N,)
-    return {
-        "eval_loss": pairwise_loss(chosen, rejected, center_coefficient=options.center_coefficient).item(),
-        "eval_accuracy": (chosen > rejected).double().mean().item(),
-        "eval_margin": (chosen - rejected).mean().item(),
-    }
+    _, metrics = pair_loss(*(torch.cat(column) for column in zip(*logits)), rows, options)
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def train(model, tokenizer, train_rows, eval_rows, options, log):
-    """Minimise the pairwise loss; returns the validation of the weights that it leaves in the model."""
+    """Minimise the loss; returns the validation of the weights that it leaves in the model."""
     steps = max(1, options.epochs * len(train_rows) // (options.batch_size * options.accumulation_steps))
     optimizer = Optimizer(model.parameters(), options.lr, model.device, options.precision, options.warmup_steps, steps,
                           options.max_grad_norm, options.weight_decay)  # fmt: skip
@@ -101,18 +121,17 @@ def train(model, tokenizer, train_rows, eval_rows, options, log):
     best = None
     model.train()
     for step in log.progress(range(1, steps + 1), "reward model"):
-        metrics = Counter()
+        totals = Counter()
         for _ in range(options.accumulation_steps):
+            rows = next(stream)
             with autocast(model.device, options.precision):
-                chosen, rejected = score_pairs(model, next(stream), tokenizer)  # (B,), (B,)
-            loss = pairwise_loss(chosen, rejected, center_coefficient=options.center_coefficient)
+                chosen, rejected = pair_logits(model, rows, tokenizer)  # (B, K), (B, K)
+            loss, metrics = pair_loss(chosen, rejected, rows, options)
             optimizer.backward(loss / options.accumulation_steps)
-            metrics.update(loss=loss.item(), accuracy=(chosen > rejected).float().mean().item(),
-                           margin=(chosen - rejected).mean().item(),
-                           mean_reward=torch.cat([chosen, rejected]).mean().item())  # fmt: skip
+            totals.update(metrics)
         grad_norm, _ = optimizer.step()
 
-        metrics = {name: value / options.accumulation_steps for name, value in metrics.items()}
+        metrics = {name: value / options.accumulation_steps for name, value in totals.items()}
         if step % options.eval_every == 0 or step == steps:
             validation = evaluate_pairs(model, eval_rows, tokenizer, options)
             metrics |= validation
@@ -126,15 +145,26 @@ def train(model, tokenizer, train_rows, eval_rows, options, log):
 
 
 def load_base(options, device):
-    """A classifier with one label on top of the base, whose pad token is not EOS, so that all libraries see the EOS."""
+    """The base with a head and adapters, and with a pad token that is not EOS, so that all libraries see the EOS."""
     torch.manual_seed(options.seed)
-    model, tokenizer = load_classifier(options.base, device, new_head=True)
+    model, tokenizer = load_classifier(options.base, device, new_head=10 if options.head == "ordinal" else 1)
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = "right"
+    if options.lora_r:
+        targets = options.lora_target_modules
+        add_lora(model, options.lora_r, options.lora_alpha, options.lora_dropout, targets)
     return model, tokenizer
+
+
+def save_reward_model(model, tokenizer, folder):
+    """The whole model into model/, its adapters with the head into adapter/."""
+    if lora_layers(model):
+        save_adapter(model, folder / "adapter")
+        tokenizer.save_pretrained(folder / "adapter")
+    save_model(merge_lora(model), tokenizer, folder / "model")
 
 
 def prepare_inputs(files, models):
@@ -147,18 +177,25 @@ def prepare_inputs(files, models):
         toy.ensure_policy()
     if toy.REWARD_MODEL in models:
         toy.ensure_run(toy.REWARD_MODEL, main)
+    if toy.ORDINAL_REWARD_MODEL in models:
+        toy.ensure_run(toy.ORDINAL_REWARD_MODEL, main, ["--head", "ordinal"])
 
 
 @one_line_errors
 def main(argv=None):
     options = parse_options(RewardModelOptions, argv)
     device = resolve_device(options)
+    if options.margin and options.head == "ordinal":
+        raise UserError("--margin goes with --head scalar only; leave one of them out")
     log = RunLog("rm", options)
     if options.data == toy.TRAIN_PAIRS:
         options.eval_data = options.eval_data or toy.EVAL_PAIRS
     prepare_inputs([options.data, options.eval_data], [options.base])
     train_pairs, unpaired = load_pairs(options.data)
     eval_pairs, _ = load_pairs(options.eval_data) if options.eval_data else ([], 0)
+    without_margin = sum(pair.margin is None for pair in [*train_pairs, *eval_pairs])
+    if options.margin and without_margin:
+        raise UserError(f"--margin: {without_margin} pairs have no field 'margin'; leave out the flag or add the field")
     model, tokenizer = load_base(options, device)
     options.max_length = min(options.max_length, context_length(model))
 
@@ -180,14 +217,15 @@ def main(argv=None):
         raise UserError(f"{len(eval_rows)} validation pairs cannot tell a reward model from chance; give 10 at least "
                         "(--eval-data, --eval-fraction), or insist with --accept-weak")  # fmt: skip
     log.begin()
-    print(f"base: {options.base}, with a head for one reward, new unless it had one")
+    head = "ten ratings" if options.head == "ordinal" else "one reward"
+    print(f"base: {options.base}, with a head for {head}, new unless it had one")
     print(f"pairs: {len(train_rows)} to train on, {len(eval_rows)} to validate on; dropped: {reasons}")
 
     validation = train(model, tokenizer, train_rows, eval_rows, options, log)
     accuracy = validation["eval_accuracy"]
     weak = accuracy <= threshold
     if not weak or options.accept_weak:
-        save_model(model, tokenizer, log.folder / "model")
+        save_reward_model(model, tokenizer, log.folder)
     names = ["loss", "accuracy", "eval_loss", "eval_accuracy"]
     plot_metrics(log.metrics(), names, log.folder / "metrics.png")
     print(f"validation: accuracy {accuracy:.3f}, loss {validation['eval_loss']:.3f}, "

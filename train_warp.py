@@ -12,12 +12,21 @@ from dataclasses import dataclass
 import torch
 
 import train_rm
-from rlhf_min import toy, warp
-from rlhf_min.data import batches, load_prompts, split_prompts
+from rlhf_min import warp
+from rlhf_min.data import batches
 from rlhf_min.errors import one_line_errors
-from rlhf_min.evaluation import format_table, load_judges, sweep_front
-from rlhf_min.models import eos_token_ids, get_weights, load_policy, save_model, set_weights, trained_weights
-from rlhf_min.options import RunOptions, option, parse_options
+from rlhf_min.evaluation import format_table, print_samples, sweep_front
+from rlhf_min.inputs import PolicyOptions, load_inputs
+from rlhf_min.lora import lora_disabled, merge_lora, reset_lora, save_adapter, set_difference
+from rlhf_min.models import (
+    dense_weights,
+    eos_token_ids,
+    get_weights,
+    save_model,
+    set_weights,
+    trained_weights,
+)
+from rlhf_min.options import option, parse_options
 from rlhf_min.plots import plot_front, plot_metrics
 from rlhf_min.precision import Optimizer, autocast, resolve_device
 from rlhf_min.reinforce import MovingAverageBaseline, kl_estimate, policy_gradient_loss, shaped_reward
@@ -26,41 +35,28 @@ from rlhf_min.runlog import RunLog
 
 
 @dataclass
-class WarpOptions(RunOptions):
+class WarpOptions(PolicyOptions):
     """Train a policy with WARP; the defaults are the WARP report's."""
 
-    policy: str = option(toy.POLICY, "θ_sft: a run folder, a transformers folder or a hub name")
-    reward_model: str = option(toy.REWARD_MODEL, "a classifier with one label, or package.module.function")
-    judges: list = option([], "further judges of the front, name=spec (the embedded world has gold and fluency)")
-    prompts: str = option(toy.PROMPTS, "lines with 'prompt', or with 'text', whose first tokens are the prompt")
-    prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
-    eval_prompts: str = option("", "prompts of the front (default: some of --prompts are held out)")
-    num_eval_prompts: int = option(256, "how many prompts of the front", low=3)
     iterations: int = option(2, "I: rounds of train, merge, interpolate", low=1)
     runs: int = option(2, "M: policies an iteration", low=1)
-    steps: int = option(100, "T: optimizer steps a policy", low=1)
     lr: float = option(1e-5, "AdamW learning rate", low=0)
-    warmup_steps: int = option(0, "steps of linear warm-up in each run", low=0)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", low=0)
-    batch_size: int = option(64, "prompts, and answers, a step", low=1)
     beta: float = option(0.1, "β: weight of the KL to the EMA anchor in the reward", low=0)
     mu: float = option(0.01, "μ: rate of the EMA anchor", low=0, high=1)
     eta: float = option(0.5, "η: how far the next θ_init goes from θ_init to θ_slerp", low=0, high=1)
     merge_by: str = option("block", "tensors that share a SLERP angle", choices=["block", "tensor", "model"])
-    temperature: float = option(0.7, "of sampling and scoring", low=0.01)
-    max_length: int = option(64, "tokens of prompt and answer", low=2)
-    seed: int = option(42, "seed of prompts and sampling; every run derives its own", low=0, high=2**31 - 1)
 
 
 def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, run):
     """The inner loop of Algorithm 1: T steps of REINFORCE from θ_init against the EMA of the run's own weights."""
+    seed = options.seed * 1_000_003 + iteration * 1_009 + run  # another order and other samples for every run
+    generator = torch.Generator().manual_seed(seed)
     set_weights(policy, init)  # θ^m ← θ_init
-    anchor = init  # θ^m_ema ← θ_init
+    reset_lora(policy, generator)  # with adapters: ΔW = 0
+    anchor = get_weights(policy)  # θ^m_ema ← θ_init; with adapters, the average of A and B
     baseline = MovingAverageBaseline()
     optimizer = Optimizer(policy.parameters(), options.lr, policy.device, options.precision, options.warmup_steps,
                           max_grad_norm=options.max_grad_norm)  # fmt: skip
-    seed = options.seed * 1_000_003 + iteration * 1_009 + run  # another order and other samples for every run
-    generator = torch.Generator().manual_seed(seed)
     stream = batches(prompts, options.batch_size, generator)
     eos = eos_token_ids(policy, tokenizer)
     title = f"iteration {iteration}/{options.iterations} run {run}/{options.runs}"
@@ -80,7 +76,8 @@ def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, l
             logprobs = token_logprobs(policy, rollout, options.temperature)  # (B, T)
             with torch.no_grad():
                 anchor_logprobs = token_logprobs(policy, rollout, options.temperature, anchor)  # (B, T)
-                sft_logprobs = token_logprobs(policy, rollout, options.temperature, sft)  # (B, T)
+                with lora_disabled(policy):
+                    sft_logprobs = token_logprobs(policy, rollout, options.temperature, sft)  # (B, T)
 
         # r_β = r − β log[ π_θ(y|x) / π_ema(y|x) ],  A = r_β − b
         anchor_kl = kl_estimate(logprobs.detach(), anchor_logprobs, rollout.mask)  # (B,)
@@ -105,12 +102,12 @@ def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, l
             "completions/clipped_ratio": 1 - rollout.ended.float().mean().item(),
             "grad_norm": grad_norm, "learning_rate": optimizer.lr,
         }, show=["reward", "kl"])  # fmt: skip
-    return get_weights(policy)
+    return dense_weights(policy)
 
 
 def train_warp(policy, tokenizer, reward_model, prompts, options, log):
     """Algorithm 1. Returns (θ_sft, last θ_slerp, last θ_init, geometry of the task vectors by iteration)."""
-    sft = init = get_weights(policy)  # θ_init ← θ_sft
+    sft = init = dense_weights(policy)  # θ_init ← θ_sft
     geometry = []
     for iteration in range(1, options.iterations + 1):
         policies = [
@@ -123,13 +120,24 @@ def train_warp(policy, tokenizer, reward_model, prompts, options, log):
     return sft, merged, init, geometry
 
 
-def report(front, samples, geometry, options):
-    """What the run prints last: the front, three answers before and after, the angles, μT."""
-    names = [name for name in front[0] if not name.endswith("_se")]
-    print("\nThe front: (1−η) θ_sft + η θ_slerp on held-out prompts\n\n" + format_table(front, names))
-    for row in samples:
-        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        print(f"\nprompt  {prompt}\nbefore  {row['before'].strip()}\nafter   {row['after'].strip()}")
+def save_policies(policy, tokenizer, sft, policies, options, folder):
+    """Each {name: weights} as a dense model; with LoRA also as what it is, an adapter of rank I·M·r on θ_sft.
+
+    The policy is a place to put the weights in, and left without adapters.
+    """
+    if options.lora_r:
+        for name, weights in policies.items():
+            set_difference(policy, sft, weights, options.iterations * options.runs * options.lora_r)
+            save_adapter(policy, folder / f"{name}_adapter")
+            tokenizer.save_pretrained(folder / f"{name}_adapter")
+    merge_lora(policy)
+    for name, weights in policies.items():
+        set_weights(policy, weights)
+        save_model(policy, tokenizer, folder / name)
+
+
+def print_geometry(geometry, options):
+    """The angles of the task vectors, and μT."""
     for iteration, spread in enumerate(geometry, 1):
         if spread["angle_degrees"] is not None:  # None for M = 1
             angle, ratio = spread["angle_degrees"], spread["norm_ratio"]
@@ -145,28 +153,20 @@ def main(argv=None):
     device = resolve_device(options)
     log = RunLog("warp", options)
     train_rm.prepare_inputs([options.prompts, options.eval_prompts], [options.policy, options.reward_model])
-    if options.prompts == toy.PROMPTS:
-        options.judges = options.judges or toy.JUDGES
-    policy, tokenizer = load_policy(options.policy, device, options.max_length)
-    judges = load_judges([f"reward={options.reward_model}", *options.judges], device)
-    prompts, eval_prompts = (load_prompts(file, tokenizer, options.prompt_tokens, options.max_length) if file else []
-                             for file in (options.prompts, options.eval_prompts))  # fmt: skip
-    generator = torch.Generator().manual_seed(options.seed)
-    prompts, eval_prompts = split_prompts(prompts, eval_prompts, options.num_eval_prompts, generator)
+    policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
     log.begin()
 
     sft, merged, init, geometry = train_warp(policy, tokenizer, judges["reward"], prompts, options, log)
 
+    save_policies(policy, tokenizer, sft, {"model": init, "merged": merged}, options, log.folder)
     front, columns = sweep_front(policy, tokenizer, eval_prompts, judges, options, sft, merged)
-    for name, weights in (("model", init), ("merged", merged)):
-        set_weights(policy, weights)
-        save_model(policy, tokenizer, log.folder / name)
     series = lambda row: f"iteration {row['iteration']} run {row['run']}"
     plot_metrics(log.metrics(), ["reward", "kl"], log.folder / "steps.png", series=series)
     plot_front({f"lr {options.lr:g}": front}, list(judges), log.folder / "front.png")
-    samples = [{"prompt": prompt, "before": before, "after": after} for prompt, before, after in
-               zip(columns[0]["prompt"][:3], columns[0]["completion"], columns[-1]["completion"])]  # fmt: skip
-    report(front, samples, geometry, options)
+    names = [name for name in front[0] if not name.endswith("_se")]
+    print("\nThe front: (1−η) θ_sft + η θ_slerp on held-out prompts\n\n" + format_table(front, names))
+    samples = print_samples(columns[0], columns[-1])
+    print_geometry(geometry, options)
     log.finish(front=front, samples=samples, geometry=geometry, mu_T=options.mu * options.steps)
 
 

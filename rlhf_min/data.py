@@ -22,7 +22,8 @@ class Pair(NamedTuple):
     prompt: str | list
     chosen: str
     rejected: str
-    may_be_cut: bool  # for a labelled text, whose beginning may stand for it; not for an answer to a prompt
+    may_be_cut: bool = False  # for a labelled text, whose beginning may stand for it; not for an answer to a prompt
+    margin: float | None = None  # by how much the chosen answer is better, where the data say so
 
 
 class Prompt(NamedTuple):
@@ -135,25 +136,33 @@ def _answer(messages, key, where):
     return _text(messages[0], "content", f"{where}, '{key}'")
 
 
+def _is_whole(row):
+    """Whether chosen and rejected are whole conversations; a `prompt` that is no list only repeats their beginning."""
+    chosen = row.get("chosen")
+    return _is_conversation(chosen) and not isinstance(row.get("prompt"), list) and chosen[0]["role"] != "assistant"
+
+
 def _pair(row, where):
     for key in ("chosen", "rejected"):
         if key not in row:
             raise UserError(f"{where}: no field '{key}'; a pair needs 'chosen' and 'rejected', or 'text' and 'label'")
-    prompt, chosen, rejected = row.get("prompt", ""), row["chosen"], row["rejected"]
+    prompt, chosen, rejected, margin = row.get("prompt", ""), row["chosen"], row["rejected"], row.get("margin")
+    if margin is not None and (isinstance(margin, bool | str | list | dict) or not abs(margin) < 1e38):
+        raise UserError(f"{where}: 'margin' must be a finite number, but is {margin!r}")
     if not _is_conversation(chosen):
         prompt = _text(row, "prompt", where) if prompt != "" else ""
-        return Pair(prompt, _text(row, "chosen", where), _text(row, "rejected", where), False)
+        return Pair(prompt, _text(row, "chosen", where), _text(row, "rejected", where), margin=margin)
     if not _is_conversation(rejected):
         raise UserError(f"{where}: 'chosen' is a list of messages, so 'rejected' must be one, too")
     _check_messages(chosen, "chosen", where)
     _check_messages(rejected, "rejected", where)
-    if prompt == "":  # the prompt is the shared beginning of both conversations
+    if _is_whole(row):  # the prompt is the shared beginning of both conversations
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     prompt = _prompt({"prompt": prompt}, where)
-    return Pair(prompt, _answer(chosen, "chosen", where), _answer(rejected, "rejected", where), False)
+    return Pair(prompt, _answer(chosen, "chosen", where), _answer(rejected, "rejected", where), margin=margin)
 
 
 def load_pairs(source):
@@ -170,7 +179,7 @@ def load_pairs(source):
             (good if label else bad).append(_text(row, "text", where))
         else:
             pairs.append(_pair(row, where))
-    pairs += [Pair("", chosen, rejected, True) for chosen, rejected in zip(good, bad)]
+    pairs += [Pair("", chosen, rejected, may_be_cut=True) for chosen, rejected in zip(good, bad)]
     if not pairs:
         raise UserError(f"{source}: no pair; labelled texts need both labels, 1 and 0")
     return pairs, abs(len(good) - len(bad))
@@ -202,17 +211,22 @@ def read_texts(source):
     yield from filter(None, lines)
 
 
-def load_prompts(source, tokenizer, prompt_tokens, max_length):
+def load_prompts(source, tokenizer, prompt_tokens, max_length, max_characters=0):
     """Prompts of a file, each text once: `prompt` whole, or the first `prompt_tokens` tokens of `text`.
 
-    A `text` shorter than that is left out. A `prompt` must leave room for at least one token of `max_length`.
+    In a row of whole conversations, `chosen` without its last message is the prompt. A `text` shorter than
+    `prompt_tokens` is left out, and so is a prompt longer than `max_characters`, if that is not 0. A prompt must leave
+    room for at least one token of `max_length`.
     """
     if prompt_tokens >= max_length:
         raise UserError(f"--prompt-tokens {prompt_tokens} leaves no room for an answer; --max-length is {max_length}")
     prompts = {}
     for where, row in read_rows(source):
-        if "prompt" in row:
-            text = _prompt(row, where)
+        if "prompt" in row or _is_whole(row):
+            text = _pair(row, where).prompt if _is_whole(row) else _prompt(row, where)
+            length = len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
+            if max_characters and length > max_characters:
+                continue
             tokens = encode_prompt(tokenizer, text)
             if len(tokens) >= max_length:
                 raise UserError(f"{where}: the prompt has {len(tokens)} tokens, --max-length is {max_length}; raise it")
@@ -226,7 +240,8 @@ def load_prompts(source, tokenizer, prompt_tokens, max_length):
             raise UserError(f"{where}: the prompt has no tokens")
         prompts.setdefault(json.dumps(text), Prompt(tokens, text))
     if not prompts:
-        raise UserError(f"{source}: no text has {prompt_tokens} tokens; lower --prompt-tokens")
+        remedy = f", or raise --max-prompt-characters {max_characters}" if max_characters else ""
+        raise UserError(f"{source}: no prompt has a length that is asked for; lower --prompt-tokens{remedy}")
     return list(prompts.values())
 
 

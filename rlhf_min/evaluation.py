@@ -7,7 +7,8 @@ from itertools import pairwise
 import torch
 
 from .errors import UserError
-from .models import eos_token_ids, set_weights
+from .lora import lora_disabled
+from .models import eos_token_ids, get_weights, set_weights
 from .precision import autocast
 from .reinforce import prefix_kl
 from .reward_model import load_judge
@@ -35,9 +36,10 @@ def judge_policy(policy, tokenizer, prompts, judges, options, reference=None, re
     """One answer to every prompt: {column: list of one value per prompt}.
 
     Columns are `prompt`, `completion`, `length` (tokens), `ended` (0 or 1), the name of every judge, and `kl`: the
-    low-variance estimate of KL(policy ‖ reference) per answer in nats, where the reference is a model, at other weights
-    if given. `options` has temperature, max_length, batch_size, precision and seed. The same seed means the same
-    random numbers for every policy, from a generator of its own: evaluation leaves the training's random state alone.
+    low-variance estimate of KL(policy ‖ reference) per answer in nats, where the reference is a model without its
+    adapters, at other weights if given. `options` has temperature, max_length, batch_size, precision and seed. The same
+    seed means the same random numbers for every policy, from a generator of its own: evaluation leaves the training's
+    random state alone.
     """
     generator = torch.Generator().manual_seed(options.seed)
     eos, columns = eos_token_ids(policy, tokenizer), {"prompt": [], "completion": [], "length": [], "ended": []}
@@ -49,7 +51,8 @@ def judge_policy(policy, tokenizer, prompts, judges, options, reference=None, re
                              tokenizer.pad_token_id, generator)  # fmt: skip
         if reference is not None:  # in float32: bfloat16 rounds away the very difference that KL measures
             logits = completion_logits(policy, rollout, options.temperature)  # (B, T, V)
-            ref_logits = completion_logits(reference, rollout, options.temperature, reference_weights)
+            with lora_disabled(reference):
+                ref_logits = completion_logits(reference, rollout, options.temperature, reference_weights)
             columns["kl"] += prefix_kl(logits, ref_logits, rollout.mask).tolist()
         texts, completions = [prompt.text for prompt in batch], decode_completions(tokenizer, rollout)
         for name, judge in judges.items():
@@ -101,6 +104,41 @@ def sweep_front(policy, tokenizer, prompts, judges, options, sft, merged, points
     return front, columns_by_eta
 
 
+def match_kl(policy, tokenizer, prompts, options, reference, target, halvings=10):
+    """Move the policy towards the reference, θ = (1−η) θ_ref + η θ, until KL(π_θ ‖ π_ref) is `target`; returns η.
+
+    Bisection, as KL grows with η. A policy that is nearer than that is left as it is, at η = 1. Rewards of policies
+    are comparable at the same KL only: whoever goes further gets more. Raises UserError for other architectures.
+    """
+    start, end = get_weights(reference), get_weights(policy)
+    if {name: w.shape for name, w in start.items()} != {name: w.shape for name, w in end.items()}:
+        raise UserError("--match-kl needs policies of one architecture")
+
+    def kl_at(eta):
+        set_weights(policy, interpolate(start, end, eta))
+        return mean_se(judge_policy(policy, tokenizer, prompts, {}, options, reference)["kl"])[0]
+
+    low, high = 0.0, 1.0
+    if kl_at(high) <= target:
+        return high
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        low, high = (middle, high) if kl_at(middle) < target else (low, middle)
+    set_weights(policy, interpolate(start, end, high))
+    return high
+
+
+def z_score(values, reference):
+    """How many standard deviations of the reference's rewards the mean lies above its mean (2210.10760).
+
+    Judges have units of their own: a Bradley–Terry reward is free up to a shift, a mean rating up to its order. NaN
+    where the reference's rewards do not vary.
+    """
+    mean, error = mean_se(reference)
+    deviation = error * math.sqrt(len(reference))
+    return (mean_se(values)[0] - mean) / deviation if deviation else math.nan
+
+
 def paired_difference(values, reference, generator, resamples=2000):
     """Mean of values − reference, pair by pair, and its 95 % bootstrap interval (percentile): (mean, low, high)."""
     difference = torch.tensor(values, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)  # (N,)
@@ -112,6 +150,16 @@ def paired_difference(values, reference, generator, resamples=2000):
 def win_rate(values, reference):
     """Share of pairs in which `values` is higher; a tie counts ½."""
     return sum(0.5 + 0.5 * ((v > b) - (v < b)) for v, b in zip(values, reference)) / len(values)
+
+
+def print_samples(before, after, count=3):
+    """Print the first answers of two policies to the same prompts; returns [{"prompt", "before", "after"}]."""
+    samples = [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in
+               zip(before["prompt"][:count], before["completion"], after["completion"])]  # fmt: skip
+    for row in samples:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        print(f"\nprompt  {prompt}\nbefore  {row['before'].strip()}\nafter   {row['after'].strip()}")
+    return samples
 
 
 def format_table(rows, columns):

@@ -1,5 +1,8 @@
-"""Losses of the reward models: tensors in, a scalar out."""
+"""Losses of the reward models, and what a distribution over ratings says: tensors in, tensors out."""
 
+import math
+
+import torch
 import torch.nn.functional as F
 
 
@@ -22,3 +25,57 @@ def pairwise_loss(chosen, rejected, margin=None, center_coefficient=0.0):
             )
     difference = chosen - rejected if margin is None else chosen - rejected - margin  # (B,)
     return (-F.logsigmoid(difference) + center_coefficient * (chosen + rejected) ** 2).mean()
+
+
+def preference_logprob(chosen_logits, rejected_logits, ties="strict"):
+    """log P(w ≻ l) when ratings i of w and j of l in 1..K are drawn from two independent distributions.
+
+        strict   P = P(i > j)               = Σ_{i=2..K} p_w(i) F_l(i−1),                  F_l(i) = Σ_{j≤i} p_l(j)
+        half     P = P(i > j) + ½ P(i = j)  = Σ_{i=1..K} p_w(i) ½ [F_l(i−1) + F_l(i)],     F_l(0) = 0
+
+    Strict is the REINFORCE report's. It counts a tie as an error, so two answers that cannot be told apart are pushed
+    to the *uniform* distribution: there P = .45 for K = 10, and L = .7985 > ln 2. With half the tie mass P(w ≻ l) +
+    P(l ≻ w) = 1, as for Bradley–Terry. All in log space: log(P + ε) would have no gradient on the worst pairs. The sum
+    starts where F_l > 0; a log 0 inside logsumexp would make the gradient NaN.
+
+    chosen_logits, rejected_logits: (B, K). Returns (B,), in nats, ≤ 0. Raises ValueError for other shapes or `ties`.
+    """
+    if chosen_logits.dim() != 2 or chosen_logits.shape != rejected_logits.shape or chosen_logits.shape[1] < 2:
+        raise ValueError(
+            f"logits must both be (B, K), not {tuple(chosen_logits.shape)}, {tuple(rejected_logits.shape)}"
+        )
+    logp_w = chosen_logits.log_softmax(-1)  # (B, K)
+    log_cdf = rejected_logits.log_softmax(-1).logcumsumexp(-1)  # (B, K) log F_l
+    if ties == "strict":
+        return (logp_w[:, 1:] + log_cdf[:, :-1]).logsumexp(-1)
+    if ties == "half":
+        log_mid = torch.cat([log_cdf[:, :1], torch.logaddexp(log_cdf[:, :-1], log_cdf[:, 1:])], dim=1) - math.log(2)
+        return (logp_w + log_mid).logsumexp(-1)
+    raise ValueError(f"ties must be strict or half, not {ties!r}")
+
+
+def ordinal_loss(chosen_logits, rejected_logits, ties="strict", center_coefficient=0.0):
+    """The ordinal-distribution loss: the better answer w shall get the higher of two ratings, drawn one for each.
+
+        L = mean_B [ −log P(w ≻ l) + c · (E_w + E_l − (K+1))² ]
+
+    The second term is the analogue of centering: the middle of the scale is where an average pair shall lie. Sources:
+    the REINFORCE report, level 2; OPRM (2602.12660).
+
+    chosen_logits, rejected_logits: (B, K). Returns a scalar; raises ValueError as preference_logprob does.
+    """
+    loss = -preference_logprob(chosen_logits, rejected_logits, ties)  # (B,)
+    middle = chosen_logits.shape[-1] + 1
+    expected = rating_mean_std(chosen_logits)[0] + rating_mean_std(rejected_logits)[0]  # (B,) E_w + E_l
+    return (loss + center_coefficient * (expected - middle) ** 2).mean()
+
+
+def rating_mean_std(logits):
+    """Mean and standard deviation of the rating k = 1..K:  E = Σ_k k p(k),  σ² = Σ_k (k − E)² p(k).
+
+    σ² as E[k²] − E² could round to below 0. logits: (B, K). Returns (B,), (B,), in rating points.
+    """
+    p = logits.softmax(-1)  # (B, K)
+    ratings = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)  # (K,)
+    mean = p @ ratings  # (B,)
+    return mean, (p * (ratings - mean[:, None]) ** 2).sum(-1).sqrt()

@@ -1,7 +1,8 @@
 """Models and tokenizers by name, and weights as a dictionary {name: tensor}.
 
-A name is a run folder of ours, a folder in transformers' format, or a hub name owner/name. Everything is loaded in
-float32 (transformers would keep a checkpoint's own bfloat16, in which small updates vanish), from safetensors only.
+A name is a run folder of ours, a folder in transformers' format, an adapter's folder in PEFT's format, or a hub name
+owner/name. Everything is loaded in float32 (transformers would keep a checkpoint's own bfloat16, in which small updates
+vanish), from safetensors only.
 """
 
 import os
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging
 
 from .errors import UserError, first_line
+from .lora import load_adapter, lora_layers, merge_lora, read_adapter
 
 logging.set_verbosity_error()  # e.g. the long report that a classifier's head is new, which train_rm says in one line
 logging.disable_progress_bar()
@@ -37,13 +39,17 @@ def find_model(name):
     """The folder of a model (for a run folder its model/), or the hub name itself where there is no such folder."""
     folder = Path(name)
     for candidate in (folder / "model", folder):
-        if (candidate / "config.json").is_file():
+        if (candidate / "config.json").is_file() or _is_adapter(candidate):
             return str(candidate)
     if folder.exists():
         raise UserError(f"{name}: no config.json in it or in its model/; name a run folder or a transformers folder")
     if name.count("/") != 1 or name.startswith((".", "/", "~", "runs/")):
         raise UserError(f"{name}: no such folder; name a run folder, a transformers folder or a hub name owner/name")
     return name
+
+
+def _is_adapter(folder):
+    return Path(folder, "adapter_config.json").is_file() and not Path(folder, "config.json").is_file()
 
 
 def _load(auto_class, name, **kwargs):
@@ -63,6 +69,10 @@ def _load(auto_class, name, **kwargs):
 
 def load_tokenizer(name):
     """The tokenizer beside a model. It must have an EOS or a pad token; a missing pad token becomes EOS."""
+    adapter = find_model(name)
+    has_none = _is_adapter(adapter) and not Path(adapter, "tokenizer_config.json").is_file()
+    if has_none:
+        return load_tokenizer(_base_of(adapter))
     tokenizer = _load(AutoTokenizer, name)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -89,12 +99,46 @@ def load_policy(name, device, max_length):
     return model.to(device).eval(), tokenizer
 
 
+def _base_of(adapter):
+    """What an adapter's folder says that it was trained on."""
+    base = read_adapter(adapter)[0].get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise UserError(f"{adapter}: its adapter_config.json names no base_model_name_or_path")
+    return base
+
+
 def _load_weights(auto_class, name, tokenizer, **config):
-    model = _load(auto_class, name, dtype=torch.float32, use_safetensors=True, **config)
+    source = find_model(name)
+    if _is_adapter(source):
+        model = _load_adapted(auto_class, source, tokenizer, **config)
+    else:
+        model = _load(auto_class, name, dtype=torch.float32, use_safetensors=True, **config)
     embedded = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embedded:
         raise UserError(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds {embedded}: no match")
     return model
+
+
+def _load_adapted(auto_class, adapter, tokenizer, **config):
+    """The base of an adapter with the adapter merged into it."""
+    head_names = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+    heads = [tensor for name, tensor in read_adapter(adapter)[1].items() if name in head_names]
+    if heads and not config:
+        config = _labels(len(heads[0]))
+    model = _load_weights(auto_class, _base_of(adapter), tokenizer=[], **config)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # train_rm.py may have added a pad token
+        model.resize_token_embeddings(len(tokenizer))
+    if heads:
+        model.config.architectures = [type(model).__name__]
+    merge_lora(load_adapter(model, adapter))
+    model.config._name_or_path = str(adapter)  # what an adapter on top of this one is trained on
+    return model
+
+
+def _labels(count):
+    """What a head of `count` logits is called: a reward has no name, ratings are "1".."10"."""
+    ratings = {i: str(i + 1) for i in range(count)}
+    return {"num_labels": 1} if count == 1 else {"id2label": ratings, "label2id": {v: k for k, v in ratings.items()}}
 
 
 def _is_classifier(model):
@@ -106,20 +150,22 @@ def context_length(model):
     return getattr(model.config, "max_position_embeddings", None) or 10**9
 
 
-def load_classifier(name, device, new_head=False):
-    """(model, tokenizer) of a sequence classifier with one label, in float32.
+def load_classifier(name, device, new_head=0):
+    """(model, tokenizer) of a sequence classifier in float32, whose label is one reward, or whose labels are ratings.
 
-    With `new_head` any model will do, and gets such a head. Otherwise UserError for what is no reward model.
+    With `new_head` = 1 or K any model will do, and gets such a head. Otherwise UserError for what is no reward model.
     """
     tokenizer = load_tokenizer(name)
-    config = {"num_labels": 1} if new_head else {}
+    config = _labels(new_head) | {"ignore_mismatched_sizes": True} if new_head else {}
     model = _load_weights(AutoModelForSequenceClassification, name, tokenizer, **config)
     if not new_head and not _is_classifier(model):
         raise UserError(
             f"{name} is a {model.config.architectures}, no sequence classifier; train_rm.py makes one of it"
         )
-    if model.config.num_labels != 1:
-        raise UserError(f"{name}: a classifier with {model.config.num_labels} labels; a reward model has 1")
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    if len(labels) > 1 and labels != [str(k + 1) for k in range(len(labels))]:
+        raise UserError(f"{name}: a classifier with the labels {', '.join(labels[:3])}, ...; a reward model has one "
+                        "label, or the ratings 1, 2, 3, ... in this order")  # fmt: skip
     return model.to(device), tokenizer
 
 
@@ -144,6 +190,13 @@ def trained_weights(model):
 def get_weights(model):
     """A copy of trained_weights, which no later step changes."""
     return {name: parameter.detach().clone() for name, parameter in trained_weights(model).items()}
+
+
+@torch.no_grad()
+def dense_weights(model):
+    """A copy of the weights that training moves, as dense matrices: W + ΔW of each adapted module, or get_weights."""
+    layers = lora_layers(model)
+    return {f"{name}.weight": layer.weight + layer.delta() for name, layer in layers.items()} or get_weights(model)
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def _build_parser(options_class):
         elif field.type is list:
             parser.add_argument(flag, nargs="*", default=default, help=help)
         else:
-            shown = f"{help} (default: {field.default})"
+            shown = f"{help} (default: {field.default})" if field.default != "" else help
             parser.add_argument(flag, type=field.type, choices=field.metadata["choices"], default=default, help=shown)
     return parser
 

@@ -36,6 +36,30 @@ class MovingAverageBaseline:
         self.count += rewards.numel()
 
 
+def leave_one_out(rewards):
+    """RLOO: each answer's baseline is the mean of the other k − 1 answers to its prompt (Back to Basics, eqs. 7, 8).
+
+        A_i = R_i − 1/(k−1) Σ_{j≠i} R_j  =  k/(k−1) · (R_i − mean R)
+
+    It takes away what the prompt is worth, too, which a moving average does not. rewards: (P, k), the k answers to a
+    prompt in a row. Returns (P, k). Raises ValueError for k < 2.
+    """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be (P, k) with k ≥ 2 answers to each prompt, not {tuple(rewards.shape)}")
+    k = rewards.shape[1]
+    return k / (k - 1) * (rewards - rewards.mean(-1, keepdim=True))
+
+
+def sigma_weight(sigma):
+    """f(σ) = 1 / (1 + σ), the REINFORCE report's weight of the advantage: smaller steps where the judge is unsure.
+
+    The step (R − b) f(σ) ∇ log π has the expectation ∇E[f R] − b ∇E[f]: it is biased, and by how much depends on b.
+    Folded into the reward before KL and baseline, as r − λσ or r f(σ), σ makes another objective, without bias.
+    sigma: (B,) → (B,), in (0, 1].
+    """
+    return 1 / (1 + sigma)
+
+
 def kl_estimate(logprobs, ref_logprobs, mask, kind="k1"):
     """An estimate of KL(π ‖ π_ref) per answer, in nats, from answers *sampled from π*.
 

@@ -1,7 +1,8 @@
 """Judges: anything that turns prompts and answers into (reward, sigma), one number each per answer.
 
-A judge is a transformers sequence classifier with one label, or a Python function `package.module.function` with
-TRL's signature f(prompts, completions, **columns) -> list[float], whose sigma is 0 like a scalar head's.
+A judge is a transformers sequence classifier, whose head is one reward or a distribution over ratings, or a Python
+function `package.module.function` with TRL's signature f(prompts, completions, **columns) -> list[float]. sigma is the
+standard deviation of the rating, and 0 for a scalar head and a function.
 """
 
 import importlib
@@ -12,6 +13,7 @@ import torch
 
 from .data import apply_chat_template, pad
 from .errors import UserError
+from .losses import rating_mean_std
 from .models import context_length, load_classifier
 
 
@@ -56,8 +58,15 @@ def classify(model, tokens, attention_mask):
     return model.score(hidden[torch.arange(len(last), device=last.device), last])  # (B, d) → (B, K)
 
 
+def reward_and_sigma(logits):
+    """(reward, sigma) of a head's logits (B, K): the one logit and 0, or mean and deviation of the rating 1..K."""
+    if logits.shape[-1] == 1:
+        return logits.squeeze(-1), torch.zeros_like(logits[:, 0])
+    return rating_mean_std(logits)
+
+
 class RewardModel:
-    """A sequence classifier with a scalar head as a judge."""
+    """A sequence classifier as a judge."""
 
     def __init__(self, model, tokenizer, max_length=512, batch_size=64):
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
@@ -70,17 +79,16 @@ class RewardModel:
             for prompt, completion, end in zip(prompts, completions, torch.as_tensor(ended).tolist())
         ]
         rows = [row or [self.tokenizer.pad_token_id] for row in rows]  # an empty answer to an empty prompt
-        reward = self.score(rows)
-        return reward, torch.zeros_like(reward)
+        return reward_and_sigma(self.logits(rows))
 
     @torch.no_grad()
-    def score(self, rows):
-        """B lists of token ids → reward (B,)."""
-        rewards = []
+    def logits(self, rows):
+        """B lists of token ids → (B, K), float32."""
+        logits = []
         for start in range(0, len(rows), self.batch_size):
             batch = pad(rows[start : start + self.batch_size], self.tokenizer.pad_token_id, self.model.device)
-            rewards.append(classify(self.model, *batch).float().squeeze(-1))
-        return torch.cat(rewards)
+            logits.append(classify(self.model, *batch).float())
+        return torch.cat(logits)
 
 
 class RewardFunction:

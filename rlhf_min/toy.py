@@ -24,7 +24,9 @@ REVIEWS, TRAIN_PAIRS, EVAL_PAIRS, PROMPTS = (
     str(FOLDER / name) for name in ("reviews.jsonl", "train_pairs.jsonl", "eval_pairs.jsonl", "prompts.jsonl")
 )
 FILES = {REVIEWS, TRAIN_PAIRS, EVAL_PAIRS, PROMPTS}
-POLICY, REWARD_MODEL = str(FOLDER / "policy"), str(FOLDER / "reward_model")
+POLICY, REWARD_MODEL, ORDINAL_REWARD_MODEL = (
+    str(FOLDER / name) for name in ("policy", "reward_model", "ordinal_reward_model")
+)
 
 GENRES = ("comedy", "drama", "thriller", "western", "musical", "mystery", "romance", "documentary")
 HEROES = ("farmer", "pilot", "teacher", "doctor", "painter", "sailor", "singer", "detective", "widow", "soldier",
@@ -175,8 +177,8 @@ def ensure_policy():
     ensure_run(POLICY, pretrain.main)
 
 
-def ensure_run(folder, main):
-    """Run `main` with its defaults into `folder`, unless a finished run with a model is there; others are made anew."""
+def ensure_run(folder, main, flags=()):
+    """Run `main` with these flags into `folder`, unless a finished run with a model is there; others are made anew."""
     if not (Path(folder, "summary.json").exists() and Path(folder, "model").exists()):
         shutil.rmtree(folder, ignore_errors=True)
-        main(["--out", folder])
+        main(["--out", folder, *flags])

@@ -101,6 +101,36 @@ def test_conversations_with_explicit_and_implicit_prompt(tmp_path):
     assert pairs == [Pair([SYSTEM, USER], "Great.", "Dull.", False)] * 2
 
 
+def test_a_text_prompt_beside_whole_conversations_is_ignored(tmp_path):
+    """Data sets such as UltraFeedback repeat the question as text: the conversations say the same, with their roles."""
+    turns = [SYSTEM, USER, GOOD, {"role": "user", "content": "And the cast?"}]
+    rows = [{"prompt": "A film?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            {"prompt": "", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            {"prompt": "something else", "chosen": [*turns, GOOD], "rejected": [*turns, BAD]}]  # fmt: skip
+    pairs, _ = load_pairs(jsonl(tmp_path / "p.jsonl", *rows))
+    assert pairs == [Pair([USER], "Great.", "Dull.")] * 2 + [Pair(turns, "Great.", "Dull.")]
+
+
+def test_margins_of_pairs(tmp_path):
+    """T24: a number in the field `margin` is kept with its pair, text or messages; null is none, 0 is not."""
+    rows = [{"chosen": "a", "rejected": "b", "margin": 1.5}, {"chosen": "a", "rejected": "b", "margin": 0},
+            {"chosen": "a", "rejected": "b", "margin": -2}, {"chosen": "a", "rejected": "b", "margin": None},
+            {"chosen": "a", "rejected": "b"}, {"chosen": [USER, GOOD], "rejected": [USER, BAD], "margin": 3},
+            {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "margin": 0.25}]  # fmt: skip
+    pairs, _ = load_pairs(jsonl(tmp_path / "p.jsonl", *rows))
+    assert [pair.margin for pair in pairs] == [1.5, 0, -2, None, None, 3, 0.25]
+    labelled = [{"text": "good", "label": 1, "margin": 2}, {"text": "bad", "label": 0, "margin": 2}]
+    pairs, _ = load_pairs(jsonl(tmp_path / "l.jsonl", *labelled))
+    assert pairs == [Pair("", "good", "bad", may_be_cut=True, margin=None)]  # two texts have no margin between them
+
+
+def test_a_margin_beyond_all_floats_is_refused(tmp_path):
+    """JSON has integers of any length; one that is no float is refused with its line, without a traceback."""
+    (tmp_path / "p.jsonl").write_text('{"chosen": "a", "rejected": "b", "margin": 1%s}\n' % ("0" * 400))
+    with pytest.raises(UserError, match=re.escape("p.jsonl, line 1: 'margin' must be a finite number")):
+        load_pairs(str(tmp_path / "p.jsonl"))
+
+
 def test_identical_conversations_keep_their_answer(tmp_path):
     """The shared beginning never takes in the last message: equal answers stay answers."""
     row = {"chosen": [USER, GOOD], "rejected": [USER, GOOD]}
@@ -131,8 +161,20 @@ def test_labelled_texts_are_paired_in_order(tmp_path):
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER]}, "exactly one assistant message"),
         ({"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [BAD]}, "exactly one assistant message"),
         ({"prompt": [USER, GOOD], "chosen": [GOOD], "rejected": [BAD]}, "must be the user's"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "'prompt' must be"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "'prompt' is empty"),
         ({"prompt": [], "chosen": [GOOD], "rejected": [BAD]}, "'prompt' must be"),
+        ({"prompt": [], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "'prompt' must be"),
+        ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "exactly one assistant message"),
+        ({"prompt": "A film?", "chosen": [USER, GOOD], "rejected": [SYSTEM, BAD]}, "'prompt' must be"),
+        ({"prompt": "A film?", "chosen": [USER, GOOD], "rejected": "Dull."}, "'rejected' must be one, too"),
+        ({"chosen": "a", "rejected": "b", "margin": "a"}, "'margin' must be a finite number, but is 'a'"),
+        ({"chosen": "a", "rejected": "b", "margin": "1.5"}, "'margin' must be a finite number, but is '1.5'"),
+        ({"chosen": "a", "rejected": "b", "margin": True}, "'margin' must be a finite number, but is True"),
+        ({"chosen": "a", "rejected": "b", "margin": [1]}, "'margin' must be a finite number, but is [1]"),
+        ({"chosen": "a", "rejected": "b", "margin": {}}, "'margin' must be a finite number, but is {}"),
+        ({"chosen": "a", "rejected": "b", "margin": float("nan")}, "'margin' must be a finite number, but is nan"),
+        ({"chosen": "a", "rejected": "b", "margin": float("-inf")}, "'margin' must be a finite number, but is -inf"),
+        ({"chosen": [USER, GOOD], "rejected": [USER, BAD], "margin": "a"}, "'margin' must be a finite number"),
     ],
 )
 def test_bad_pairs_name_their_line(tmp_path, row, fragment):
@@ -174,6 +216,51 @@ def test_a_conversation_as_prompt_goes_through_the_template_once(tmp_path, tiny_
     assert prompt.tokens.count(tiny_tokenizer.bos_token_id) == 1
 
 
+def test_prompts_of_preference_rows(tmp_path, tiny_tokenizer, monkeypatch):
+    """T26: REINFORCE takes the pairs' own prompts, so that its prompts are what a pair of the file has, each once."""
+    monkeypatch.setattr(
+        tiny_tokenizer, "chat_template", "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    )
+    more = [USER, GOOD, {"role": "user", "content": "Why?"}]
+    source = jsonl(
+        tmp_path / "p.jsonl",
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": "A film?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},  # the text says it again
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [*more, GOOD], "rejected": [*more, BAD], "margin": 1},
+        {"prompt": "The film was", "chosen": " great", "rejected": " dull"},
+    )
+    prompts = load_prompts(source, tiny_tokenizer, 3, 64)
+    assert [prompt.text for prompt in prompts] == [[USER], more, "The film was"]
+    assert [prompt.tokens for prompt in prompts] == [encode_prompt(tiny_tokenizer, prompt.text) for prompt in prompts]
+    pairs, _ = load_pairs(source)
+    assert {json.dumps(pair.prompt) for pair in pairs} == {json.dumps(prompt.text) for prompt in prompts}
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(0, "abcd"), (100, "abcd"), (7, "abcd"), (6, "abd"), (5, "ab"), (3, "b")])
+def test_long_prompts_are_left_out(tmp_path, tiny_tokenizer, monkeypatch, limit, kept):
+    """A prompt of more than `max_characters` characters, or of messages with more in all, is left out; 0 keeps all."""
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    two = [{"role": "system", "content": "four"}, {"role": "user", "content": "on?"}]  # 7 in all
+    last = [{"role": "user", "content": "sixsix"}]
+    rows = {"a": {"prompt": "fünf!"}, "b": {"prompt": "tri"}, "c": {"prompt": two},
+            "d": {"chosen": [*last, GOOD], "rejected": [*last, BAD]}}  # fmt: skip
+    texts = {"a": "fünf!", "b": "tri", "c": two, "d": last}
+    prompts = load_prompts(jsonl(tmp_path / "p.jsonl", *rows.values()), tiny_tokenizer, 3, 64, limit)
+    assert [prompt.text for prompt in prompts] == [texts[name] for name in kept]
+
+
+def test_a_prompt_that_is_left_out_may_have_too_many_tokens(tmp_path, tiny_tokenizer):
+    """The limit on characters comes first: it is the way out of the limit on tokens and says so if none is left."""
+    source = jsonl(tmp_path / "p.jsonl", {"prompt": "The film was great fun. " * 9}, {"prompt": "I"})
+    with pytest.raises(UserError, match="line 1: the prompt has"):
+        load_prompts(source, tiny_tokenizer, 3, 16)
+    assert [prompt.text for prompt in load_prompts(source, tiny_tokenizer, 3, 16, 20)] == ["I"]
+    source = jsonl(tmp_path / "q.jsonl", {"prompt": "The film was great fun."})
+    with pytest.raises(UserError, match=r"q\.jsonl: no prompt .*raise --max-prompt-characters 20"):
+        load_prompts(source, tiny_tokenizer, 3, 16, 20)
+
+
 @pytest.mark.parametrize(
     "row, prompt_tokens, fragment",
     [
@@ -185,6 +272,9 @@ def test_a_conversation_as_prompt_goes_through_the_template_once(tmp_path, tiny_
         ({"prompt": ["a"]}, 3, "must be text or a list of messages"),
         ({"prompt": [USER, {"content": "no role"}]}, 3, "needs a 'role'"),
         ({"title": "a"}, 3, "'text' must be text, but is missing"),
+        ({"chosen": [USER, GOOD]}, 3, "p.jsonl, line 1: no field 'rejected'"),
+        ({"chosen": [USER, GOOD], "rejected": [{"role": "user"}, BAD]}, 3, "every message of 'rejected'"),
+        ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, 3, "no chat template"),
     ],
 )
 def test_bad_prompts_are_refused(tmp_path, tiny_tokenizer, row, prompt_tokens, fragment):

@@ -17,7 +17,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rlhf_min.data import Prompt, pad
 from rlhf_min.evaluation import judge_policy, mean_se
 from rlhf_min.models import get_weights
-from rlhf_min.reinforce import MovingAverageBaseline, kl_estimate, policy_gradient_loss, prefix_kl, shaped_reward
+from rlhf_min.reinforce import (
+    MovingAverageBaseline,
+    kl_estimate,
+    leave_one_out,
+    policy_gradient_loss,
+    prefix_kl,
+    shaped_reward,
+    sigma_weight,
+)
 from rlhf_min.rollout import Rollout, completion_logits, completion_mask, sample, token_logprobs
 
 EOS, LENGTH, TEMPERATURE, BETA = 3, 3, 0.8, 0.3
@@ -217,10 +225,127 @@ def test_baselines_over_all_batches(model, reference, k):
     rewards, rows = shaped[batches], batches.flatten()
     own_mean = rewards.mean(-1, keepdim=True)
     others = (rewards.sum(-1, keepdim=True) - rewards) / (k - 1)
-    for baseline, factor in ((own_mean, 1 - 1 / k), (others, 1.0)):
-        advantage = (batches.numel() / k * probability * (rewards - baseline)).flatten()
+    # each batch is one prompt, (P, k) with P = 1, so the advantages of all batches are those of as many prompts
+    assert torch.equal(leave_one_out(rewards)[7:8], leave_one_out(rewards[7:8]))
+    steps = (rewards - own_mean, 1 - 1 / k), (rewards - others, 1.0), (leave_one_out(rewards), 1.0)
+    for advantage, factor in steps:
+        advantage = (len(batches) * probability * advantage).flatten()  # times n^k p, for the batches' mean
         got = gradient(policy_gradient_loss(logprobs[rows], advantage, mask[rows]), model)
         assert (got + factor * exact).abs().max() < 1e-10
+
+
+def short_answers(model):
+    """log π (2, 13, 2) and mask of the answers 3, a3, ab to each prompt: what a limit of two tokens leaves of them."""
+    n, rows = len(ANSWERS), list({tuple(y[:2]): i for i, y in enumerate(ANSWERS)}.values())
+    logprobs = exact_logprobs(model)[:, :2]
+    return torch.stack([logprobs[rows], logprobs[n:][rows]]), torch.stack([MASK[rows, :2]] * 2)
+
+
+def test_leave_one_out_over_all_batches_of_two_prompts(model):
+    """T18: over all 13⁴ batches of two answers each to two prompts, leave-one-out has the exact gradient.
+
+    A constant in the rewards of one prompt changes neither that nor the variance. A mean of past rewards, one number
+    for both prompts, is as exact, but leaves half of the constant in every advantage: many times the variance.
+    """
+    logprobs, mask = short_answers(model)  # (2, 13, 2)
+    logp = logprobs.sum(-1)  # (2, 13)
+    p, n = logp.exp().detach(), logp.shape[1]
+    torch.testing.assert_close(p.sum(-1), torch.ones(2, dtype=torch.float64), atol=1e-12, rtol=0)
+    reward = REWARD[: 2 * n].view(2, n)
+    exact = gradient((logp.exp() * reward).sum() / 2, model)
+    slopes = torch.stack([gradient(value, model) @ exact for value in logp.flatten()]).view(2, n)  # ∇ log π along ∇J
+
+    batches = torch.cartesian_prod(*[torch.arange(n)] * 4).view(-1, 2, 2)  # (13⁴, P, k), every batch
+    index = torch.arange(2)[:, None].expand(2, 2), batches  # (prompt, answer)
+    probability = p[index].prod(-1).prod(-1)  # (13⁴,)
+    rows = logprobs[index].flatten(0, 2), mask[index].flatten(0, 2)  # (13⁴ · 4, 2)
+    variance = {}
+    for worth in (0.0, 9.0):
+        rewards = (reward + torch.tensor([[worth], [0.0]]))[index]  # (13⁴, P, k)
+        past_mean = (p * reward).sum() / 2 + worth / 2  # the best that a moving average can become
+        for name, advantage in {
+            "leave-one-out": leave_one_out(rewards.flatten(0, 1)).view_as(rewards),
+            "moving average": rewards - past_mean,
+        }.items():
+            weighted = (len(batches) * probability[:, None, None] * advantage).flatten()  # for the mean over batches
+            got = gradient(policy_gradient_loss(rows[0], weighted, rows[1]), model)
+            assert (got + exact).abs().max() < 1e-10
+            step = (advantage * slopes[index]).mean((1, 2))  # (13⁴,) of each batch, along ∇J
+            torch.testing.assert_close(probability @ step, exact @ exact, atol=1e-10, rtol=0)
+            variance[name, worth] = (probability @ (step - exact @ exact) ** 2).item()
+    assert variance["leave-one-out", 9.0] == pytest.approx(variance["leave-one-out", 0.0], rel=1e-9)
+    assert variance["moving average", 9.0] > 5 * variance["leave-one-out", 9.0]
+
+
+SIGMA = 2 + torch.rand(len(CASES), dtype=torch.float64, generator=torch.Generator().manual_seed(6))  # σ(x, y) in [2, 3]
+
+
+def expected_step(model, reference, baseline=0.0, reward=REWARD, weight=1.0):
+    """E[A ∇ log π] by enumeration of the step A = (R − b) · weight, R = reward − β kl; and R (N,)."""
+    logprobs = exact_logprobs(model)
+    kl = kl_estimate(logprobs.detach(), exact_logprobs(model, reference).detach(), MASK)
+    shaped = shaped_reward(reward, kl, BETA)
+    advantage = (shaped - baseline) * weight
+    p = len(CASES) * logprobs.detach().sum(-1).exp() / len(PROMPTS)  # (N,), times N for the mean
+    return -gradient(policy_gradient_loss(logprobs, p * advantage, MASK), model), shaped
+
+
+def test_sigma_in_the_advantage_is_biased(model, reference):
+    """T33: E[(R − b) f(σ) ∇ log π] = ∇E[f R] − b ∇E[f], R as a constant: another step for every baseline b.
+
+    With σ between 2 and 3 it is about a third of the step without f, whatever else it is.
+    """
+    f = sigma_weight(SIGMA)
+    logp = exact_logprobs(model).sum(-1)
+    slope_of_f = gradient(expectation(logp, f), model)
+    steps = {}
+    for b in (0.0, -1.7, 1.0):
+        steps[b], shaped = expected_step(model, reference, b, weight=f)
+        exact = gradient(expectation(logp, f * shaped), model) - b * slope_of_f
+        assert (steps[b] - exact).abs().max() < 1e-10
+    assert slope_of_f.norm() > 0.01
+    for b in (-1.7, 1.0):
+        assert ((steps[b] - steps[0.0]).norm() / abs(b)).item() == pytest.approx(slope_of_f.norm().item())
+        assert (steps[b] - steps[0.0]).norm() > 0.01
+    plain, _ = expected_step(model, reference)
+    assert 0.2 < steps[0.0].norm() / plain.norm() < 0.4  # f is between 1/4 and 1/3
+
+
+@pytest.mark.parametrize("baseline", [0.0, -1.7, 1.0])
+@pytest.mark.parametrize(
+    "folded",
+    [lambda reward: reward - 0.7 * SIGMA, lambda reward: reward * sigma_weight(SIGMA)],
+    ids=["r − λσ", "r f(σ)"],
+)
+def test_sigma_in_the_reward_is_unbiased(model, reference, folded, baseline):
+    """T33: E[r − λσ] − β KL and E[r f(σ)] − β KL are objectives of their own, climbed exactly whatever the baseline."""
+    logp, ref_logp = exact_logprobs(model).sum(-1), exact_logprobs(model, reference).detach().sum(-1)
+    exact = gradient(expectation(logp, folded(REWARD)) - BETA * expectation(logp, logp - ref_logp), model)
+    got, _ = expected_step(model, reference, baseline, reward=folded(REWARD))
+    assert (got - exact).abs().max() < 1e-10
+    other = gradient(objective(model, reference), model)
+    assert (got - other).norm() > 0.01  # and it is not the objective without σ
+
+
+def test_sigma_on_the_shaped_reward_weights_the_kl_too(model, reference):
+    """T33: as a reward, f(σ) R with the KL inside R climbs neither E[f r] − β KL nor E[f R]: σ belongs into r.
+
+    The KL inside E[f R] has a gradient of its own, which is 0 without f, and −β ∇E[f] with it.
+    """
+    f = sigma_weight(SIGMA)
+    logp, ref_logp = exact_logprobs(model).sum(-1), exact_logprobs(model, reference).detach().sum(-1)
+    got, _ = expected_step(model, reference, weight=f)  # b = 0: f R as the reward
+    kl_outside = gradient(expectation(logp, f * REWARD) - BETA * expectation(logp, logp - ref_logp), model)
+    assert (got - kl_outside).norm() > 0.01
+    kl_inside = gradient(expectation(logp, f * (REWARD - BETA * (logp - ref_logp))), model)
+    torch.testing.assert_close(kl_inside - got, -BETA * gradient(expectation(logp, f), model), atol=1e-10, rtol=0)
+
+
+def test_certain_judges_do_not_change_the_step(model, reference):
+    """T33: at σ = 0, as of a scalar head, f = 1: the weighted step is the step, for any baseline."""
+    one = sigma_weight(torch.zeros(len(CASES), dtype=torch.float64))
+    for b in (0.0, 1.0):
+        assert torch.equal(expected_step(model, reference, b, weight=one)[0], expected_step(model, reference, b)[0])
 
 
 @pytest.mark.parametrize(("update_first", "factor"), [(False, 1.0), (True, 0.75)])

@@ -1,11 +1,23 @@
 """REINFORCE on a handful of numbers: every expected value is worked out in a comment."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rlhf_min.reinforce import MovingAverageBaseline, kl_estimate, policy_gradient_loss, prefix_kl, shaped_reward
+from rlhf_min.data import Prompt
+from rlhf_min.models import get_weights
+from rlhf_min.reinforce import (
+    MovingAverageBaseline,
+    kl_estimate,
+    leave_one_out,
+    policy_gradient_loss,
+    prefix_kl,
+    shaped_reward,
+    sigma_weight,
+)
+from train_reinforce import ReinforceOptions, train_policy
 
 
 def tensor(values, **kwargs):
@@ -71,6 +83,50 @@ def test_baseline_adds_up_in_float64():
     for _ in range(7):
         baseline.update(torch.full((1001,), 0.125, dtype=torch.bfloat16))
     assert baseline.value == 0.125
+
+
+def test_leave_one_out_by_hand():
+    """T18: the baseline of an answer is the mean of the *other* answers to its prompt, one prompt a row."""
+    # 1 − (2 + 6)/2, 2 − (1 + 6)/2, 6 − (1 + 2)/2;  the second prompt, whose rewards are larger, on its own
+    advantages = leave_one_out(tensor([[1.0, 2.0, 6.0], [10.0, 10.0, 13.0]]))
+    torch.testing.assert_close(advantages, tensor([[-3.0, -1.5, 4.5], [-1.5, -1.5, 3.0]]))
+    # k = 2: the difference of the two
+    torch.testing.assert_close(leave_one_out(tensor([[1.0, 4.0]])), tensor([[-3.0, 3.0]]))
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 7])
+def test_leave_one_out_is_reward_minus_mean_of_others(k):
+    """T18: A_i = R_i − mean of the others, by a double loop; it sums to 0 over the answers to a prompt."""
+    rewards = torch.randn(5, k, dtype=torch.float64) + 10 * torch.arange(5.0)[:, None]
+    advantages = leave_one_out(rewards)
+    for row, got in zip(rewards.tolist(), advantages.tolist()):
+        others = [[r for j, r in enumerate(row) if j != i] for i in range(k)]
+        assert got == pytest.approx([r - sum(rest) / (k - 1) for r, rest in zip(row, others)], abs=1e-12)
+    assert advantages.sum(-1).abs().max() < 1e-12
+    torch.testing.assert_close(advantages, k / (k - 1) * (rewards - rewards.mean(-1, keepdim=True)))
+
+
+def test_leave_one_out_groups_by_prompt():
+    """T18: what a prompt is worth drops out whole; grouped across the prompts it would come in as an advantage."""
+    rewards = torch.randn(4, 3, dtype=torch.float64)
+    worth = tensor([0.0, 5.0, -20.0, 100.0])[:, None]
+    torch.testing.assert_close(leave_one_out(rewards + worth), leave_one_out(rewards), atol=1e-12, rtol=0)
+    flat = (rewards + worth).flatten()  # as train_reinforce.py has it: the answers to a prompt in a row
+    torch.testing.assert_close(leave_one_out(flat.view(-1, 3)).flatten(), leave_one_out(rewards).flatten())
+    interleaved = leave_one_out(flat.view(3, -1).T).T.flatten()  # as if prompts came first: x1 x2 x3 x4 x1 x2 ...
+    assert (interleaved - leave_one_out(rewards).flatten()).abs().max() > 10
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 1), (4, 0), (4,), (), (2, 2, 2)])
+def test_leave_one_out_needs_two_answers(shape):
+    """T18: with one answer there is no other, and k/(k − 1) is infinite; a flat batch does not say what k is."""
+    with pytest.raises(ValueError, match=r"\(P, k\)"):
+        leave_one_out(torch.zeros(shape))
+
+
+def test_sigma_weight_by_hand():
+    """T33: f(σ) = 1/(1 + σ): 1 where the judge is certain, as every scalar head is, and less the more it doubts."""
+    torch.testing.assert_close(sigma_weight(tensor([0.0, 0.25, 1.0, 3.0])), tensor([1.0, 0.8, 0.5, 0.25]))
 
 
 def test_kl_estimates_by_hand():
@@ -217,3 +273,73 @@ def test_baseline_lowers_the_variance():
     baseline = MovingAverageBaseline()
     baseline.update(rewards)
     assert variance(baseline.value) < variance(0.0) / 100
+
+
+# The step of train_reinforce.py
+
+
+def metrics_of(steps, policy, tokenizer, judge, **options):
+    """The metrics of the first steps on four prompts of different lengths, at β = 0 unless asked."""
+    lines = []
+    log = SimpleNamespace(progress=lambda steps, _: steps, step=lambda show, **line: lines.append(line))
+    options = {"beta": 0.0, "batch_size": 12, "max_length": 12, "temperature": 1.0, "precision": "fp32", **options}
+    options = ReinforceOptions(steps=steps, lr=1e-2, **options)
+    prompts = [Prompt(tokenizer(text)["input_ids"], text) for text in ("I", "The", "The film", "The film was")]
+    train_policy(policy, tokenizer, judge, prompts, get_weights(policy), options, log)
+    return lines
+
+
+def prompt_judge(prompts, completions, ended):
+    """A reward that depends on the prompt alone, and no doubt."""
+    return torch.tensor([float(len(prompt)) for prompt in prompts]), torch.zeros(len(prompts))
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_reward_of_the_prompt_alone_teaches_nothing(tiny_policy, tiny_tokenizer, k):
+    """T18: compared with answers to the *same* prompt every advantage is 0, so that not one weight moves."""
+    before = get_weights(tiny_policy)
+    lines = metrics_of(3, tiny_policy, tiny_tokenizer, prompt_judge, num_generations=k, baseline="leave-one-out")
+    assert [line["grad_norm"] for line in lines] == [0.0, 0.0, 0.0]
+    assert all(line["reward_std"] > 1 for line in lines)
+    assert all(weight.equal(before[name]) for name, weight in get_weights(tiny_policy).items())
+    lines = metrics_of(1, tiny_policy, tiny_tokenizer, prompt_judge, num_generations=k)  # the moving average does move
+    assert lines[0]["grad_norm"] > 0.1
+
+
+def doubting_judge(prompts, completions, ended):
+    """Reward 6 and σ = 1 for the first half of the answers, reward 4 and σ = 3 for the rest."""
+    half = len(prompts) // 2
+    return torch.tensor([6.0] * half + [4.0] * half), torch.tensor([1.0] * half + [3.0] * half)
+
+
+# off: b = A = (6 + 4)/2. advantage: A = (6/2 + 4/4)/2 = 2, and b is of rewards without σ.
+# penalty, λ = ½: R = 5.5, 2.5
+@pytest.mark.parametrize(
+    ("flags", "advantage", "baseline"),
+    [
+        ({"sigma": "off", "sigma_coefficient": 7.0}, 5.0, 5.0),
+        ({"sigma": "advantage", "sigma_coefficient": 7.0}, 2.0, 5.0),
+        ({"sigma": "penalty", "sigma_coefficient": 0.5}, 4.0, 4.0),
+    ],
+)
+def test_where_sigma_enters(tiny_policy, tiny_tokenizer, flags, advantage, baseline):
+    """T33: f(σ) weights the advantage and leaves the baseline alone; λσ is taken from the reward, and so from both."""
+    first, second = metrics_of(2, tiny_policy, tiny_tokenizer, doubting_judge, **flags)
+    assert (first["reward"], first["sigma"], first["baseline"]) == (5.0, 2.0, 0.0)  # T16: the raw reward is logged
+    assert first["advantage"] == pytest.approx(advantage)
+    assert second["baseline"] == pytest.approx(baseline)
+
+
+def test_an_answer_without_an_end_pays(tiny_policy, tiny_tokenizer):
+    """T22: --missing-eos-penalty is taken from the reward of each answer that was cut off, and of no other."""
+    ends = []
+
+    def judge(prompts, completions, ended):
+        ends.append(ended.double().mean().item())
+        return torch.full((len(prompts),), 2.0), torch.zeros(len(prompts))
+
+    first, second = metrics_of(2, tiny_policy, tiny_tokenizer, judge, missing_eos_penalty=3.0, max_length=60)
+    assert 0 < ends[0] < 1
+    assert first["reward"] == 2.0
+    assert first["completions/clipped_ratio"] == pytest.approx(1 - ends[0])
+    assert second["baseline"] == pytest.approx(2 - 3 * (1 - ends[0]))

@@ -17,15 +17,17 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    pipeline,
 )
 
 import train_rm
 from rlhf_min.data import Pair, encode_prompt, load_pairs, load_prompts, pad
 from rlhf_min.errors import UserError
 from rlhf_min.evaluation import judge_policy
-from rlhf_min.models import save_model
+from rlhf_min.losses import ordinal_loss, pairwise_loss
+from rlhf_min.models import load_classifier, save_model
 from rlhf_min.pretrain import train_tokenizer
-from rlhf_min.reward_model import RewardModel, classify, encode_answer, load_judge
+from rlhf_min.reward_model import RewardModel, classify, encode_answer, load_judge, reward_and_sigma
 
 CPU = torch.device("cpu")
 EOS = "<|endoftext|>"
@@ -39,9 +41,21 @@ ANSWERS = [" was great fun.", " cast slept.", " slept and the film was long."]
 MODULES = count()
 
 
-def gpt2(vocab_size, num_labels=1, **config):
+def labels(*names):
+    """The part of a config that names the labels; without names there is one, the reward."""
+    return (
+        {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+        if names
+        else {"num_labels": 1}
+    )
+
+
+RATINGS = [str(k) for k in range(1, 11)]
+
+
+def gpt2(vocab_size, names=(), **config):
     """A GPT-2 classifier of one block that has preferences."""
-    config = GPT2Config(vocab_size=vocab_size, n_positions=64, n_layer=1, n_embd=16, n_head=2, num_labels=num_labels,
+    config = GPT2Config(vocab_size=vocab_size, n_positions=64, n_layer=1, n_embd=16, n_head=2, **labels(*names),
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.3, **config)  # fmt: skip
     return GPT2ForSequenceClassification(config).eval()
 
@@ -52,6 +66,13 @@ def llama(vocab_size, **config):
                          num_attention_heads=2, max_position_embeddings=64, num_labels=1, initializer_range=0.3,
                          **config)  # fmt: skip
     return LlamaForSequenceClassification(config).eval()
+
+
+def distilbert(vocab_size, names=()):
+    """A DistilBERT classifier of one block."""
+    config = DistilBertConfig(vocab_size=vocab_size, dim=16, hidden_dim=32, n_layers=1, n_heads=2,
+                              max_position_embeddings=32, initializer_range=0.3, **labels(*names))  # fmt: skip
+    return DistilBertForSequenceClassification(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +93,9 @@ def bert_tokenizer():
 def scored_rows(judge, *arguments):
     """The rows of token ids that a RewardModel scores for these arguments."""
     seen = []
-    judge.score = lambda rows: seen.extend(rows) or torch.zeros(len(rows))
+    judge.logits = lambda rows: seen.extend(rows) or torch.zeros(len(rows), 1)
     judge(*arguments)
-    del judge.score
+    del judge.logits
     return seen
 
 
@@ -82,7 +103,7 @@ def scored_rows(judge, *arguments):
 def test_training_rows_equal_scoring_rows(tiny_tokenizer, completion):
     """T19: a pair is tokenised for training as its answers are for scoring, and EOS stands once, at the end."""
     judge = RewardModel(gpt2(len(tiny_tokenizer)), tiny_tokenizer, max_length=64)
-    ((chosen, rejected),), _ = train_rm.encode_pairs(
+    ((chosen, rejected, _),), _ = train_rm.encode_pairs(
         [Pair("The film", completion, " was dull.", True)], tiny_tokenizer, 64
     )
     assert scored_rows(judge, ["The film"] * 2, [completion, " was dull."], [True, True]) == [chosen, rejected]
@@ -94,7 +115,9 @@ def test_training_rows_equal_scoring_rows_for_conversations(tiny_tokenizer, monk
     """T19: a conversation goes through the judge's template once: one [user], one [assistant], one EOS."""
     monkeypatch.setattr(tiny_tokenizer, "chat_template", TEMPLATE)
     judge = RewardModel(gpt2(len(tiny_tokenizer)), tiny_tokenizer, max_length=64)
-    ((chosen, rejected),), _ = train_rm.encode_pairs([Pair(QUESTION, "Great fun.", "Dull.", True)], tiny_tokenizer, 64)
+    ((chosen, rejected, _),), _ = train_rm.encode_pairs(
+        [Pair(QUESTION, "Great fun.", "Dull.", True)], tiny_tokenizer, 64
+    )
     assert scored_rows(judge, [QUESTION] * 2, ["Great fun.", "Dull."], [True, True]) == [chosen, rejected]
     assert tiny_tokenizer.decode(chosen) == f"[user]Great film?[assistant]Great fun.{EOS}"
 
@@ -171,7 +194,7 @@ def test_a_long_labelled_text_keeps_its_beginning(tiny_tokenizer, bert_tokenizer
     assert rows[0][1] == [*tiny_tokenizer("I slept.")["input_ids"], tiny_tokenizer.eos_token_id]
     assert not dropped
     rows, _ = train_rm.encode_pairs([Pair("", "a b c d " * 9, "a", True)], bert_tokenizer, 5)
-    assert [bert_tokenizer.decode(row) for row in rows[0]] == ["[CLS] a b c [SEP]", "[CLS] a [SEP]"]
+    assert [bert_tokenizer.decode(row) for row in rows[0][:2]] == ["[CLS] a b c [SEP]", "[CLS] a [SEP]"]
 
 
 def test_pairs_that_do_not_fit_are_dropped_and_counted(tiny_tokenizer):
@@ -195,7 +218,7 @@ def test_policy_and_judge_with_different_vocabularies(tmp_path, tiny_policy, tin
     columns = judge_policy(tiny_policy, tiny_tokenizer, prompts, {"reward": judge}, options)
     ids = [other(p + c)["input_ids"] + [other.eos_token_id] * e
            for p, c, e in zip(PROMPTS, columns["completion"], columns["ended"])]  # fmt: skip
-    assert columns["reward"] == pytest.approx([judge.score([row]).item() for row in ids], abs=1e-5)
+    assert columns["reward"] == pytest.approx([judge.logits([row]).item() for row in ids], abs=1e-5)
     assert max(max(tiny_tokenizer(p + c)["input_ids"]) for p, c in zip(PROMPTS, columns["completion"])) >= 270
 
 
@@ -236,9 +259,7 @@ def test_batch_size_does_not_change_scores(tiny_tokenizer):
 
 def test_distilbert_scores_a_batch_like_single_answers(tmp_path, bert_tokenizer):
     """T68: DistilBERT pools token 0 and has a head of its own: in and out of a batch, the score is its own logit."""
-    config = DistilBertConfig(vocab_size=len(bert_tokenizer), dim=16, hidden_dim=32, n_layers=1, n_heads=2,
-                              max_position_embeddings=32, num_labels=1, initializer_range=0.3)  # fmt: skip
-    model = DistilBertForSequenceClassification(config).eval()
+    model = distilbert(len(bert_tokenizer))
     bert_tokenizer.padding_side = "left"  # as a tokenizer's folder may say; the judge pads on the right all the same
     save_model(model, bert_tokenizer, tmp_path)
     bert_tokenizer.padding_side = "right"
@@ -249,6 +270,162 @@ def test_distilbert_scores_a_batch_like_single_answers(tmp_path, bert_tokenizer)
             logits = model(**bert_tokenizer(prompt + answer, return_tensors="pt")).logits
         assert reward.item() == pytest.approx(logits.item(), abs=1e-5)
     assert judge.model.pre_classifier.weight.equal(model.pre_classifier.weight)
+
+
+def architecture(name, tiny_tokenizer, bert_tokenizer):
+    return {"gpt2": (gpt2, tiny_tokenizer), "distilbert": (distilbert, bert_tokenizer)}[name]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "distilbert"])
+def test_a_judge_of_ratings_agrees_with_transformers(tmp_path, tiny_tokenizer, bert_tokenizer, name):
+    """T32, T68: reward and sigma are E and σ of the probabilities that transformers' own pipeline gives the ratings."""
+    build, tokenizer = architecture(name, tiny_tokenizer, bert_tokenizer)
+    save_model(build(len(tokenizer), RATINGS), tokenizer, tmp_path)
+    reward, sigma = load_judge(str(tmp_path), CPU)(PROMPTS, ANSWERS, [True] * 3)
+    assert (reward.shape, sigma.shape, reward.dtype, sigma.dtype) == ((3,), (3,), torch.float32, torch.float32)
+    end = tokenizer.eos_token or ""  # the judge ends an answer, the pipeline reads what it is given
+    texts = [prompt + answer + end for prompt, answer in zip(PROMPTS, ANSWERS)]
+    rows = pipeline("text-classification", str(tmp_path), top_k=None)(texts)
+    for row, mean, std in zip(rows, reward.tolist(), sigma.tolist()):
+        p = {int(entry["label"]): entry["score"] for entry in row}
+        assert sorted(p) == list(range(1, 11))
+        expected = sum(k * p[k] for k in p)
+        assert mean == pytest.approx(expected, abs=1e-4)
+        assert std == pytest.approx(sum((k - expected) ** 2 * p[k] for k in p) ** 0.5, abs=1e-4)
+    assert reward.std() > 0.01 and sigma.min() > 0.1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "distilbert"])
+def test_a_scalar_judge_agrees_with_transformers(tmp_path, tiny_tokenizer, bert_tokenizer, name):
+    """T68: the reward of a scalar head is the logit, as the pipeline's with no function on top; its sigma is 0."""
+    build, tokenizer = architecture(name, tiny_tokenizer, bert_tokenizer)
+    save_model(build(len(tokenizer)), tokenizer, tmp_path)
+    reward, sigma = load_judge(str(tmp_path), CPU)(PROMPTS, ANSWERS, [True] * 3)
+    texts = [prompt + answer + (tokenizer.eos_token or "") for prompt, answer in zip(PROMPTS, ANSWERS)]
+    classifier = pipeline("text-classification", str(tmp_path), function_to_apply="none")
+    assert reward.tolist() == pytest.approx([classifier(text)[0]["score"] for text in texts], abs=1e-4)
+    assert sigma.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "distilbert"])
+def test_a_judge_of_ratings_scores_a_batch_like_single_answers(tiny_tokenizer, bert_tokenizer, name):
+    """T20: reward and sigma of ten ratings do not depend on the padding, nor on how many are scored at a time."""
+    build, tokenizer = architecture(name, tiny_tokenizer, bert_tokenizer)
+    model = build(len(tokenizer), RATINGS)
+    alone = [RewardModel(model, tokenizer)([p], [a], [True]) for p, a in zip(PROMPTS, ANSWERS)]
+    alone = [torch.cat(column) for column in zip(*alone)]
+    for batch_size in (64, 2):
+        together = RewardModel(model, tokenizer, batch_size=batch_size)(PROMPTS, ANSWERS, [True] * 3)
+        torch.testing.assert_close(list(together), alone, atol=1e-4, rtol=0)
+    judge = RewardModel(model, tokenizer)
+    logits = judge.logits([encode_answer(tokenizer, p, a) for p, a in zip(PROMPTS, ANSWERS)])
+    assert (logits.shape, logits.dtype, logits.requires_grad) == ((3, 10), torch.float32, False)
+    torch.testing.assert_close(reward_and_sigma(logits), judge(PROMPTS, ANSWERS, [True] * 3))
+
+
+def test_a_judge_scores_without_dropout(tiny_tokenizer):
+    """T20: a model that comes from training, with dropout on, is a judge that says the same twice."""
+    model = gpt2(len(tiny_tokenizer), RATINGS)
+    model.transformer.drop.p = 0.5
+    judge = RewardModel(model.train(), tiny_tokenizer)
+    torch.testing.assert_close(judge(PROMPTS, ANSWERS, [True] * 3), judge(PROMPTS, ANSWERS, [True] * 3))
+
+
+def test_reward_and_sigma_by_hand():
+    """T32: one logit is the reward itself, with no doubt; ten are a distribution over 1..10, here ½ on 2, ½ on 6."""
+    reward, sigma = reward_and_sigma(torch.tensor([[-3.0], [40.0]]))
+    assert (reward.tolist(), sigma.tolist()) == ([-3.0, 40.0], [0.0, 0.0])
+    logits = torch.full((1, 10), -1e4)
+    logits[0, [1, 5]] = 7.0
+    reward, sigma = reward_and_sigma(logits)
+    assert (reward.tolist(), sigma.tolist()) == ([4.0], [2.0])
+    reward, sigma = reward_and_sigma(torch.zeros(1, 2))  # two ratings are ratings, too
+    assert (reward.tolist(), sigma.tolist()) == ([1.5], [0.5])
+
+
+@pytest.mark.parametrize("head, count", [("scalar", 1), ("ordinal", 10)])
+def test_a_new_head_is_a_judges_head(tmp_path, tiny_policy, tiny_tokenizer, head, count):
+    """T32: train_rm's head is one reward, or the ratings "1".."10"; saved and loaded it is a judge as it stands."""
+    save_model(tiny_policy, tiny_tokenizer, tmp_path / "base")
+    model, tokenizer = train_rm.load_base(train_rm.RewardModelOptions(base=str(tmp_path / "base"), head=head), CPU)
+    assert model.config.num_labels == count
+    assert count == 1 or [model.config.id2label[i] for i in range(10)] == RATINGS
+    save_model(model, tokenizer, tmp_path / "rm")
+    again, _ = load_classifier(str(tmp_path / "rm"), CPU)
+    assert all(weight.equal(model.state_dict()[name]) for name, weight in again.state_dict().items())
+    reward, sigma = load_judge(str(tmp_path / "rm"), CPU)(PROMPTS, ANSWERS, [True] * 3)
+    assert (sigma > 0).all() if count == 10 else (sigma == 0).all()
+    assert reward.isfinite().all() and (count == 1 or (reward.min() > 1 and reward.max() < 10))
+
+
+@pytest.mark.parametrize("names, head, count", [([], "ordinal", 10), (RATINGS, "scalar", 1), (["a", "b"], "scalar", 1)])
+def test_a_base_with_another_head_gets_the_new_one(tmp_path, tiny_tokenizer, names, head, count):
+    """T68: the base is any model, a classifier with another number of labels, too: its head is left behind."""
+    save_model(gpt2(len(tiny_tokenizer), names), tiny_tokenizer, tmp_path)
+    model, _ = train_rm.load_base(train_rm.RewardModelOptions(base=str(tmp_path), head=head), CPU)
+    assert (model.config.num_labels, model.score.weight.shape) == (count, (count, 16))
+
+
+def head_logits(columns):
+    """Logits (B, K) × 2 and B rows whose margins are 0, ½, 1, ..."""
+    chosen, rejected = torch.randn(2, 4, columns)
+    return chosen, rejected, [([5, 6], [7], i / 2) for i in range(4)]
+
+
+def test_margin_of_the_pairs_reaches_the_loss():
+    """T24: with --margin a scalar head is trained by the pairwise loss with the pairs' margins, (B,) as they are."""
+    chosen, rejected, rows = head_logits(1)
+    options = train_rm.RewardModelOptions(margin=True, center_coefficient=0.1)
+    loss, metrics = train_rm.pair_loss(chosen, rejected, rows, options)
+    margin = torch.tensor([0.0, 0.5, 1.0, 1.5])
+    torch.testing.assert_close(loss, pairwise_loss(chosen[:, 0], rejected[:, 0], margin, 0.1))
+    assert metrics["loss"] == loss.item()
+    assert metrics["margin"] == pytest.approx(
+        (chosen - rejected).mean().item()
+    )  # what there is, not what there shall be
+    without, _ = train_rm.pair_loss(chosen, rejected, rows, train_rm.RewardModelOptions(center_coefficient=0.1))
+    torch.testing.assert_close(without, pairwise_loss(chosen[:, 0], rejected[:, 0], None, 0.1))
+    assert loss > without + 0.1
+
+
+def test_margins_of_zero_are_no_margin():
+    """T24: with --margin and margins of 0 loss and gradient are those without."""
+    chosen, rejected, rows = head_logits(1)
+    chosen.requires_grad_()
+    rows = [(*row[:2], 0) for row in rows]  # JSON's 0 is an int
+    losses = [train_rm.pair_loss(chosen, rejected, rows, train_rm.RewardModelOptions(margin=flag))[0]
+              for flag in (True, False)]  # fmt: skip
+    assert losses[0] == losses[1]
+    assert torch.equal(*(torch.autograd.grad(loss, chosen)[0] for loss in losses))
+
+
+@pytest.mark.parametrize("ties", ["strict", "half"])
+def test_ordinal_head_has_the_ordinal_loss(ties):
+    """T29: --head ordinal trains by the ordinal loss with --ties, and its accuracy compares E, a tie an error."""
+    chosen, rejected, rows = head_logits(10)
+    rejected[0] = chosen[0]
+    options = train_rm.RewardModelOptions(head="ordinal", ties=ties, center_coefficient=0.1)
+    loss, metrics = train_rm.pair_loss(chosen, rejected, rows, options)
+    torch.testing.assert_close(loss, ordinal_loss(chosen, rejected, ties, 0.1))
+    ratings = torch.arange(1.0, 11)
+    mean_w, mean_l = chosen.softmax(-1) @ ratings, rejected.softmax(-1) @ ratings
+    assert metrics["accuracy"] == sum(w > r for w, r in zip(mean_w[1:].tolist(), mean_l[1:].tolist())) / 4
+    assert metrics["margin"] == pytest.approx((mean_w - mean_l).mean().item(), abs=1e-5)
+    assert metrics["mean_reward"] == pytest.approx((mean_w + mean_l).mean().item() / 2, abs=1e-5)
+
+
+def test_margins_stay_with_their_pairs(tiny_tokenizer):
+    """T24: tokenising keeps a pair's margin, and validation, which sorts the pairs by length, keeps it, too."""
+    pairs = [Pair("The film", " was great fun." * (3 - i), " was dull.", margin=float(i)) for i in range(3)]
+    rows, _ = train_rm.encode_pairs([*pairs, Pair("The film", "a", "b")], tiny_tokenizer, 64)
+    assert [row[2] for row in rows] == [0.0, 1.0, 2.0, None]
+    judge = RewardModel(gpt2(len(tiny_tokenizer)), tiny_tokenizer)
+    options = train_rm.RewardModelOptions(margin=True, center_coefficient=0.0, batch_size=2, precision="fp32")
+    metrics = train_rm.evaluate_pairs(judge.model, rows[:3], tiny_tokenizer, options)
+    chosen, rejected = (judge.logits([row[side] for row in rows[:3]])[:, 0] for side in (0, 1))
+    expected = pairwise_loss(chosen, rejected, torch.tensor([0.0, 1.0, 2.0])).item()
+    assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    assert abs(pairwise_loss(chosen, rejected, torch.tensor([2.0, 1.0, 0.0])).item() - expected) > 1e-3
 
 
 def test_answers_longer_than_the_models_positions(tmp_path, tiny_tokenizer):
@@ -287,9 +464,13 @@ def pair_files(tmp_path, tiny_policy, tiny_tokenizer):
     return flags
 
 
-def test_a_reward_model_learns_and_is_the_right_way_round(tmp_path, pair_files):
-    """T23: trained on honest labels the accuracy is above chance, and the saved judge prefers what was chosen."""
-    train_rm.main(pair_files("rm", random_labels=False))
+HEADS = [["scalar"], ["ordinal"], ["ordinal", "--ties", "half"]]
+
+
+@pytest.mark.parametrize("head", HEADS, ids=" ".join)
+def test_a_reward_model_learns_and_is_the_right_way_round(tmp_path, pair_files, head):
+    """T23, T31: trained on honest labels accuracy is above chance, and the saved judge prefers what was chosen."""
+    train_rm.main([*pair_files("rm", random_labels=False), "--head", *head])
     summary = json.loads((tmp_path / "rm" / "summary.json").read_text())
     assert (summary["train_pairs"], summary["eval_pairs"]) == (30, 30)
     assert summary["eval_accuracy"] > 0.95
@@ -299,13 +480,14 @@ def test_a_reward_model_learns_and_is_the_right_way_round(tmp_path, pair_files):
     assert good > bad + 0.5
 
 
-def test_the_saved_judge_scores_like_the_trained_model(tmp_path, pair_files):
+@pytest.mark.parametrize("head", HEADS, ids=" ".join)
+def test_the_saved_judge_scores_like_the_trained_model(tmp_path, pair_files, head):
     """T64: what train_rm validated is what load_judge reads back: head, weights and tokens give the same accuracy."""
-    flags = pair_files("rm", random_labels=False)
+    flags = [*pair_files("rm", random_labels=False), "--head", *head]
     train_rm.main([*flags, "--epochs", "1", "--accept-weak", "--eval-data", str(tmp_path / "pairs.jsonl")])
     judge = load_judge(str(tmp_path / "rm"), CPU)
     rows, _ = train_rm.encode_pairs(load_pairs(str(tmp_path / "pairs.jsonl"))[0], judge.tokenizer, 64)
-    options = train_rm.RewardModelOptions(precision="fp32")
+    options = train_rm.RewardModelOptions(precision="fp32", head=head[0], ties=head[-1] if head[1:] else "strict")
     again = train_rm.evaluate_pairs(judge.model, rows, judge.tokenizer, options)
     summary = json.loads((tmp_path / "rm" / "summary.json").read_text())
     assert {name: summary[name] for name in again} == pytest.approx(again, abs=1e-5)
@@ -354,10 +536,24 @@ def test_a_tokenizer_larger_than_the_judges_embedding_is_refused(tmp_path, tiny_
         load_judge(str(tmp_path), CPU)
 
 
-def test_a_judge_with_two_labels_is_refused(tmp_path, tiny_tokenizer):
-    """A sentiment classifier has two labels; which of them would be the reward?"""
-    save_model(gpt2(len(tiny_tokenizer), num_labels=2), tiny_tokenizer, tmp_path)
-    with pytest.raises(UserError, match="a classifier with 2 labels; a reward model has 1"):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["NEGATIVE", "POSITIVE"],
+        ["LABEL_0", "LABEL_1"],  # what transformers calls them unless told
+        [f"LABEL_{k}" for k in range(10)],
+        [str(k) for k in range(10)],
+        RATINGS[::-1],
+        ["1", "10", *RATINGS[1:-1]],
+        [*RATINGS[:-1], "none"],
+    ],
+    ids=" ".join,
+)
+def test_a_judge_whose_labels_are_no_ratings_is_refused(tmp_path, tiny_tokenizer, names):
+    """T32: a sentiment classifier has two labels; which of them would be the reward? Ratings are 1, 2, 3, in order."""
+    save_model(gpt2(len(tiny_tokenizer), names), tiny_tokenizer, tmp_path)
+    found = re.escape(f"a classifier with the labels {', '.join(names[:3])}, ...; a reward model has one label")
+    with pytest.raises(UserError, match=found):
         load_judge(str(tmp_path), CPU)
 
 

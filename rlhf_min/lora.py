@@ -1,0 +1,228 @@
+"""LoRA by hand (Hu et al., 2106.09685), and its files in PEFT's format.
+
+    y = W x + b + s · B A dropout(x),      s = α / r,      A (r, in),  B (out, r),  B = 0 at first
+
+W and b are frozen; only the adapters (A, B) train, and the new head of a reward model. An adapted matrix is the dense
+W + ΔW with ΔW = s · B A: policies are merged on ΔW, because the mean of two A and the mean of two B are not the factors
+of the mean of two B A.
+"""
+
+import contextlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from .errors import UserError, first_line
+from .options import RunOptions, option
+
+TARGETS = ("q_proj", "v_proj", "c_attn", "q_lin", "v_lin", "query", "value")  # Llama, GPT-2, DistilBERT, BERT
+HEADS = ("score", "classifier", "pre_classifier", "pooler")  # what a classifier has on top of its backbone
+PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
+
+
+@dataclass
+class LoRAOptions(RunOptions):
+    """What every training script has."""
+
+    lora_r: int = option(0, "rank r of LoRA's adapters; 0 trains all weights", low=0)
+    lora_alpha: float = option(32.0, "α: the update is scaled by α/r", low=0)
+    lora_target_modules: list = option([], "last parts of the names of the modules that get an adapter "
+                                           f"(default: {', '.join(TARGETS)}, as far as there are such)")  # fmt: skip
+
+
+class LoRALayer(nn.Module):
+    """A linear module with an adapter. W and b keep their names in the model, so `weight` is the frozen W still.
+
+    Wraps nn.Linear, whose weight is (out, in), and GPT-2's Conv1D, whose weight is (in, out).
+    """
+
+    def __init__(self, base, r, alpha, dropout=0.0):
+        super().__init__()
+        self.weight, self.bias, self.transposed = base.weight, base.bias, isinstance(base, Conv1D)
+        n_in, n_out = self.weight.shape if self.transposed else self.weight.shape[::-1]
+        self.lora_A = nn.Parameter(self.weight.new_zeros(r, n_in))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(n_out, r))
+        self.scale, self.dropout, self.enabled = alpha / r, nn.Dropout(dropout), True
+        self.train(base.training)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self, generator=None):
+        """A ~ U(−1/√in, 1/√in), as PEFT draws it, and B = 0: ΔW = 0."""
+        bound = 1 / math.sqrt(self.lora_A.shape[1])
+        self.lora_A.copy_(torch.rand(self.lora_A.shape, generator=generator) * 2 * bound - bound)
+        self.lora_B.zero_()
+
+    def delta(self):
+        """ΔW = s · B A in the shape of `weight`."""
+        delta = self.scale * self.lora_B @ self.lora_A  # (out, in)
+        return delta.T if self.transposed else delta
+
+    def forward(self, x):
+        """(..., in) → (..., out)"""
+        y = F.linear(x, self.weight.T if self.transposed else self.weight, self.bias)
+        if self.enabled:
+            y = y + self.scale * F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
+        return y
+
+
+def lora_layers(model):
+    """{name: LoRALayer} of all adapters in the model; empty for a model without."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def add_lora(model, r, alpha, dropout=0.0, target_modules=None):
+    """Give an adapter of rank r to every module whose name ends in one of `target_modules`, and freeze the rest.
+
+    In place; a classifier's head goes on training, and TARGETS are the modules by default. The model computes what it
+    did before. Returns the model. Raises UserError where a name fits no linear module.
+    """
+    once = {name for name, _ in model.named_parameters()}  # without a tied lm_head, whose W is the embedding's
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+              and f"{name}.weight" in once and not _is_head(name)]  # fmt: skip
+    found = {target: [name for name in linear if name.rpartition(".")[2] == target]
+             for target in target_modules or TARGETS}  # fmt: skip
+    missing = [target for target, names in found.items() if not names]
+    if (target_modules and missing) or not any(found.values()):
+        there = sorted({name.rpartition(".")[2] for name in linear})
+        raise UserError(f"--lora-target-modules: no linear module is named {missing[0]}; there are {', '.join(there)}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_head(name))
+    for name in {name: None for names in found.values() for name in names}:
+        _replace(model, name, LoRALayer(model.get_submodule(name), r, alpha, dropout))
+    return model
+
+
+def _is_head(name):
+    return any(part in HEADS for part in name.split("."))
+
+
+def _replace(model, name, module):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Put W + ΔW in W's place and take the adapters away, in place: the plain model again. Returns the model."""
+    for name, layer in lora_layers(model).items():
+        n_in, n_out = layer.lora_A.shape[1], layer.lora_B.shape[0]
+        plain = Conv1D(n_out, n_in) if layer.transposed else nn.Linear(n_in, n_out)
+        plain.weight, plain.bias = nn.Parameter(layer.weight + layer.delta()), layer.bias
+        _replace(model, name, plain.train(layer.training))
+    return model.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def lora_disabled(model):
+    """`with lora_disabled(policy):` the policy is its own reference, W without ΔW. No second copy of it is held."""
+    layers = lora_layers(model).values()
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def reset_lora(model, generator):
+    """Start all adapters anew, ΔW = 0; a model without adapters is left alone."""
+    for layer in lora_layers(model).values():
+        layer.reset(generator)
+
+
+@torch.no_grad()
+def set_difference(model, start, end, rank):
+    """Set W to `start` and the adapters to the best A, B of rank `rank` with W + B A = `end`; exact up to that rank.
+
+    ΔW = U Σ Vᵀ (singular values in float64), B = U √Σ, A = √Σ Vᵀ. What WARP adds to θ_sft is a sum of I·M adapters of
+    rank r, so with rank = I·M·r this is its result. start, end: {name: W} as from models.dense_weights.
+    """
+    for name, layer in lora_layers(model).items():
+        layer.weight.copy_(start[f"{name}.weight"])
+        delta = (end[f"{name}.weight"] - start[f"{name}.weight"]).double()
+        u, s, vh = torch.linalg.svd(delta.T if layer.transposed else delta, full_matrices=False)
+        k = min(rank, len(s))
+        a, b = layer.weight.new_zeros(rank, vh.shape[1]), layer.weight.new_zeros(u.shape[0], rank)
+        a[:k], b[:, :k] = s[:k, None].sqrt() * vh[:k], u[:, :k] * s[:k].sqrt()
+        layer.lora_A, layer.lora_B, layer.scale = nn.Parameter(a), nn.Parameter(b), 1.0
+
+
+def save_adapter(model, folder):
+    """Write adapters, and a classifier's head, in PEFT's format: adapter_config.json, adapter_model.safetensors."""
+    layers, tensors, folder = lora_layers(model), {}, Path(folder)
+    for name, layer in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+    heads = {part for name, _ in model.named_parameters() for part in name.split(".") if part in HEADS}
+    tensors |= {PREFIX + name: p for name, p in model.named_parameters() if _is_head(name)}
+    layer = next(iter(layers.values()))
+    r = layer.lora_A.shape[0]
+    config = {
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
+        "base_model_name_or_path": model.config._name_or_path, "inference_mode": True,
+        "r": r, "lora_alpha": round(layer.scale * r, 6), "lora_dropout": layer.dropout.p, "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}), "fan_in_fan_out": layer.transposed,
+        "modules_to_save": sorted(heads) or None,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="ascii")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def read_adapter(folder):
+    """(config, {name in the model: tensor}) of a folder in PEFT's format; UserError for one that is not plain LoRA."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "adapter_model.safetensors")
+        if not isinstance(config, dict) or not tensors:
+            raise ValueError("no JSON object, or no tensors")
+    except Exception as error:  # JSON, safetensors and the file system raise a dozen kinds
+        raise UserError(f"{folder} is not an adapter in PEFT's format: {first_line(error)}") from None
+    extras = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")
+    extras = [key for key in extras if config.get(key)]
+    if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq")):
+        extras.append("init_lora_weights")
+    if config.get("peft_type") != "LORA" or extras or config.get("bias", "none") != "none":
+        found = ", ".join(extras) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise UserError(f"{folder}: {found} is not supported; only plain LoRA is")
+    return config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def load_adapter(model, folder):
+    """Add the adapters that a folder in PEFT's format holds, and its head, to the model, in place. Returns the model.
+
+    The tensors themselves say which modules they belong to. UserError where the model has no such module or shape.
+    """
+    config, tensors = read_adapter(folder)
+    for name in [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]:
+        a, b = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight", None)
+        try:
+            base = model.get_submodule(name)
+            layer = LoRALayer(base, a.shape[0], config["lora_alpha"], config.get("lora_dropout", 0.0))
+            if b is None or layer.lora_A.shape != a.shape or layer.lora_B.shape != b.shape:
+                raise ValueError("no lora_B, or other shapes")
+            layer.lora_A.copy_(a)
+            layer.lora_B.copy_(b)
+        except Exception as error:  # of the six kinds that a wrong file can raise here
+            raise UserError(f"{folder}: {name} does not fit the model: {first_line(error)}") from None
+        _replace(model, name, layer)
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise UserError(f"{folder}: {name} {tuple(tensor.shape)} does not fit the model")
+        parameters[name].copy_(tensor)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_("lora_" in name or _is_head(name))
+    return model

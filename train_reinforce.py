@@ -1,0 +1,138 @@
+"""REINFORCE for language models (Back to Basics, 2402.14740): one answer is one action.
+
+    python train_reinforce.py --lr 1e-4                     # the embedded world: offline, under a minute on two cores
+    python train_reinforce.py --lr 1e-3 --lora-r 8 --reward-model runs/toy/ordinal_reward_model --sigma advantage
+
+The mathematics is in rlhf_min/reinforce.py; `diff train_reinforce.py train_warp.py` shows what WARP adds. Other than in
+most libraries, an answer's tokens share one advantage, a batch makes one step, and nothing is clipped but the gradient.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import train_rm
+from rlhf_min.data import batches
+from rlhf_min.errors import UserError, one_line_errors
+from rlhf_min.evaluation import format_table, judge_policy, print_samples, summarise
+from rlhf_min.inputs import PolicyOptions, load_inputs
+from rlhf_min.lora import lora_disabled, merge_lora, save_adapter
+from rlhf_min.models import eos_token_ids, get_weights, save_model
+from rlhf_min.options import option, parse_options
+from rlhf_min.plots import plot_metrics
+from rlhf_min.precision import Optimizer, autocast, resolve_device
+from rlhf_min.reinforce import (
+    MovingAverageBaseline,
+    kl_estimate,
+    leave_one_out,
+    policy_gradient_loss,
+    shaped_reward,
+    sigma_weight,
+)
+from rlhf_min.rollout import decode_completions, sample, token_logprobs
+from rlhf_min.runlog import RunLog
+
+
+@dataclass
+class ReinforceOptions(PolicyOptions):
+    """Train a policy with REINFORCE."""
+
+    steps: int = option(150, "T: optimizer steps", low=1)
+    num_generations: int = option(1, "k: answers to the same prompt; --batch-size counts answers", low=1)
+    baseline: str = option("moving-average", "b: mean of all past shaped rewards, or of the k − 1 other answers (RLOO)",
+                           choices=["moving-average", "leave-one-out"])  # fmt: skip
+    beta: float = option(0.05, "β: weight of the KL to π_sft in the reward", low=0)
+    sigma: str = option("off", "the judge's doubt: unused, f(σ) = 1/(1+σ) on the advantage, or R − λσ",
+                        choices=["off", "advantage", "penalty"])  # fmt: skip
+    sigma_coefficient: float = option(1.0, "λ of --sigma penalty", low=0)
+    missing_eos_penalty: float = option(0.0, "taken from the reward of an answer without EOS", low=0)
+
+
+def train_policy(policy, tokenizer, reward_model, prompts, sft, options, log):
+    """T steps of REINFORCE, in place. `sft`: π_sft's weights, or None where it is the policy without its adapters."""
+    baseline = MovingAverageBaseline()
+    optimizer = Optimizer(policy.parameters(), options.lr, policy.device, options.precision, options.warmup_steps,
+                          max_grad_norm=options.max_grad_norm)  # fmt: skip
+    k = options.num_generations
+    lam = options.sigma_coefficient if options.sigma == "penalty" else 0.0
+    weight = sigma_weight if options.sigma == "advantage" else torch.ones_like
+    generator = torch.Generator().manual_seed(options.seed)
+    stream = batches(prompts, options.batch_size // k, generator)
+    eos = eos_token_ids(policy, tokenizer)
+
+    for step in log.progress(range(1, options.steps + 1), "REINFORCE"):
+        # y ~ π_θ(·|x), k times for each prompt, and r(x, y)
+        batch = [prompt for prompt in next(stream) for _ in range(k)]
+        with autocast(policy.device, options.precision):
+            rollout = sample(policy, [prompt.tokens for prompt in batch], options.max_length, options.temperature, eos,
+                             tokenizer.pad_token_id, generator)  # fmt: skip
+        completions = decode_completions(tokenizer, rollout)
+        reward, sigma = reward_model([prompt.text for prompt in batch], completions, rollout.ended)  # (B,), (B,)
+
+        # log π(y_t | x, y_<t) under the policy and π_sft, which is the policy with its adapters off; a region of its
+        # own, because some versions of torch would reuse the weights that sample() cast, and those have no gradient
+        with autocast(policy.device, options.precision):
+            logprobs = token_logprobs(policy, rollout, options.temperature)  # (B, T)
+            with torch.no_grad(), lora_disabled(policy):
+                sft_logprobs = token_logprobs(policy, rollout, options.temperature, sft)  # (B, T)
+
+        # R = r − λσ − β log[ π_θ(y|x) / π_sft(y|x) ],  A = (R − b) f(σ)
+        kl = kl_estimate(logprobs.detach(), sft_logprobs, rollout.mask)  # (B,)
+        penalty = lam * sigma + options.missing_eos_penalty * ~rollout.ended  # (B,)
+        shaped = shaped_reward(reward - penalty, kl, options.beta)  # (B,)
+        rloo = options.baseline == "leave-one-out"
+        b = shaped - leave_one_out(shaped.view(-1, k)).flatten() if rloo else baseline.value  # (B,), or one number
+        advantage = (shaped - b) * weight(sigma)  # (B,)
+
+        # θ ← Opt(θ, A ∇ log π)
+        optimizer.backward(policy_gradient_loss(logprobs, advantage, rollout.mask))
+        grad_norm, moved = optimizer.step()
+        if moved:  # False where float16 overflowed and the step was skipped
+            baseline.update(shaped)
+
+        log.step(**{
+            "step": step, "reward": reward.mean().item(), "reward_std": reward.std(correction=0).item(),
+            "sigma": sigma.mean().item(), "kl": kl.mean().item(),
+            "baseline": torch.as_tensor(b, dtype=torch.float64).mean().item(), "advantage": advantage.mean().item(),
+            "entropy": -logprobs.detach()[rollout.mask].mean().item(),  # per token; kl is per answer
+            "completions/mean_length": rollout.mask.sum(-1).float().mean().item(),
+            "completions/clipped_ratio": 1 - rollout.ended.float().mean().item(),
+            "grad_norm": grad_norm, "learning_rate": optimizer.lr,
+        }, show=["reward", "kl"])  # fmt: skip
+
+
+@one_line_errors
+def main(argv=None):
+    options = parse_options(ReinforceOptions, argv)
+    device = resolve_device(options)
+    if options.batch_size % options.num_generations:
+        raise UserError(f"--batch-size {options.batch_size} must be a multiple of --num-generations "
+                        f"{options.num_generations}")  # fmt: skip
+    if options.baseline == "leave-one-out" and options.num_generations < 2:
+        raise UserError("--baseline leave-one-out compares answers to one prompt; set --num-generations to 2 or more")
+    log = RunLog("reinforce", options)
+    train_rm.prepare_inputs([options.prompts, options.eval_prompts], [options.policy, options.reward_model])
+    policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
+    sft = None if options.lora_r else get_weights(policy)
+    log.begin()
+
+    evaluate = lambda: judge_policy(policy, tokenizer, eval_prompts, judges, options, policy, sft)
+    before = evaluate()
+    train_policy(policy, tokenizer, judges["reward"], prompts, sft, options, log)
+    after = evaluate()
+
+    if options.lora_r:
+        save_adapter(policy, log.folder / "adapter")
+        tokenizer.save_pretrained(log.folder / "adapter")
+    save_model(merge_lora(policy), tokenizer, log.folder / "model")
+    plot_metrics(log.metrics(), ["reward", "kl"], log.folder / "steps.png")
+    rows = {"before": summarise(before, judges), "after": summarise(after, judges)}
+    names = [name for name in rows["after"] if not name.endswith("_se")]
+    print("\nHeld-out prompts, before and after\n")
+    print(format_table([{"policy": name, **row} for name, row in rows.items()], ["policy", *names]))
+    samples = print_samples(before, after)
+    log.finish(**rows, samples=samples)
+
+
+if __name__ == "__main__":
+    main()

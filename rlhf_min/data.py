@@ -281,7 +281,8 @@ def split_prompts(prompts, eval_prompts, count, generator):
     held_out = shuffle(without(eval_prompts, prompts) if eval_prompts else prompts, generator)[:count]
     training = without(prompts, held_out)
     if len(held_out) < count or not training:
-        raise UserError(f"{len(prompts) + len(eval_prompts)} distinct prompts are too few to hold out {count} of them; "
+        count_all = len(prompts) + len(without(eval_prompts, prompts))
+        raise UserError(f"{count_all} distinct prompts are too few to hold out {count} of them; "
                         "lower --num-eval-prompts or give more")  # fmt: skip
     return training, held_out
 

@@ -135,8 +135,8 @@ def z_score(values, reference):
     where the reference's rewards do not vary.
     """
     mean, error = mean_se(reference)
-    deviation = error * math.sqrt(len(reference))
-    return (mean_se(values)[0] - mean) / deviation if deviation else math.nan
+    varies = max(reference) > min(reference)  # rounding leaves constants a deviation of 1e-17
+    return (mean_se(values)[0] - mean) / (error * math.sqrt(len(reference))) if varies else math.nan
 
 
 def paired_difference(values, reference, generator, resamples=2000):
@@ -175,7 +175,7 @@ def format_table(rows, columns):
         if not isinstance(value, float):
             return str(value)
         interval = f" [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]" if f"{name}_low" in row else ""
-        return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else interval)
+        return f"{value:.3f}" + (interval if error is None or math.isnan(error) else f" ± {error:.3f}")
 
     lines = [columns, ["---"] * len(columns), *([cell(row, name) for name in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -36,3 +36,28 @@ def tiny_policy(tiny_tokenizer):
     config = GPT2Config(vocab_size=len(tiny_tokenizer), n_positions=64, n_layer=2, n_embd=16, n_head=2, **ids,
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.3)  # fmt: skip
     return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder whose runs/toy/ is an embedded world of 1/20 of the size, with its policy and its reward models."""
+    import train_rm
+    from rlhf_min import pretrain, toy
+
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        toy.write_world(toy.FOLDER, reviews=300, train_pairs=100, eval_pairs=50, prompts=100)
+        pretrain.main(["--out", toy.POLICY, "--epochs", "6", "--batch-size", "16", "--width", "32"])
+        once = ["--epochs", "1", "--accept-weak"]
+        train_rm.main(["--out", toy.REWARD_MODEL, *once])
+        train_rm.main(["--out", toy.ORDINAL_REWARD_MODEL, "--head", "ordinal", *once])
+    return folder
+
+
+@pytest.fixture
+def in_world(world, monkeypatch):
+    """The world as the working directory; nothing is drawn, to save time."""
+    monkeypatch.chdir(world)
+    monkeypatch.setattr("rlhf_min.plots._pyplot", lambda: None)
+    return world

@@ -6,12 +6,19 @@ Each mutant is one sign, index, comparison or factor, in a temporary copy of the
 survives, or where the text to replace does not stand in its file exactly once. Takes a few minutes.
 """
 
+import multiprocessing
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2LMHeadModel  # noqa: F401
+
+# imported here, once: every run of pytest is a fork of this process
 
 ROOT = Path(__file__).resolve().parents[1]
 MUTANTS = [
@@ -75,40 +82,109 @@ MUTANTS = [
     ("rollout", "row[start:end], skip_special_tokens=True)", "row[start:], skip_special_tokens=True)"),
     ("rollout", "row[start:end], skip_special_tokens=True)", "row[start:end], skip_special_tokens=False)"),
     ("rollout", "[len(prompt) :]", "[len(prompt) + 1 :]"),
-]
+    ("losses", "(logp_w[:, 1:] + log_cdf[:, :-1]).logsumexp(-1)", "(logp_w + log_cdf).logsumexp(-1)"),
+    ("losses", "(logp_w[:, 1:] + log_cdf[:, :-1]).logsumexp(-1)", "(logp_w[:, :-1] + log_cdf[:, 1:]).logsumexp(-1)"),
+    ("losses", "(logp_w[:, 1:] + log_cdf[:, :-1]).logsumexp(-1)",
+     "((logp_w[:, 1:] + log_cdf[:, :-1]).exp().sum(-1) + 1e-8).log()"),
+    ("losses", "rejected_logits.log_softmax(-1).logcumsumexp(-1)", "rejected_logits.logcumsumexp(-1)"),
+    ("losses", "torch.logaddexp(log_cdf[:, :-1], log_cdf[:, 1:])", "torch.logaddexp(log_cdf[:, :-1], log_cdf[:, :-1])"),
+    ("losses", "dim=1) - math.log(2)", "dim=1)"),
+    ("losses", "loss = -preference_logprob(chosen_logits, rejected_logits, ties)",
+     "loss = -preference_logprob(rejected_logits, chosen_logits, ties)"),
+    ("losses", "middle = chosen_logits.shape[-1] + 1", "middle = chosen_logits.shape[-1]"),
+    ("losses", "(chosen_logits)[0] + rating_mean_std", "(chosen_logits)[0] - rating_mean_std"),
+    ("losses", "(expected - middle) ** 2).mean()", "(expected - middle) ** 2).sum()"),
+    ("losses", "torch.arange(1, logits.shape[-1] + 1,", "torch.arange(logits.shape[-1],"),
+    ("losses", "(p * (ratings - mean[:, None]) ** 2).sum(-1).sqrt()", "(p @ ratings**2 - mean**2).sqrt()"),
+    ("losses", "(p * (ratings - mean[:, None]) ** 2).sum(-1).sqrt()", "(p * (ratings - mean[:, None]) ** 2).sum(-1)"),
+    ("losses", "or chosen_logits.shape != rejected_logits.shape", ""),
+    ("reinforce", "k / (k - 1) * (rewards", "(rewards"),
+    ("reinforce", "(rewards - rewards.mean(-1, keepdim=True))", "(rewards - rewards.mean(0, keepdim=True))"),
+    ("reinforce", "rewards.dim() != 2 or rewards.shape[1] < 2", "rewards.dim() != 2 or rewards.shape[1] < 1"),
+    ("reinforce", "k = rewards.shape[1]", "k = rewards.shape[0]"),
+    ("reinforce", "return 1 / (1 + sigma)", "return 1 / (1 + sigma**2)"),
+    ("reward_model", "if logits.shape[-1] == 1:", "if logits.shape[-1] <= 2:"),
+    ("reward_model", "torch.zeros_like(logits[:, 0])", "torch.ones_like(logits[:, 0])"),
+    ("reward_model", "return rating_mean_std(logits)", "return rating_mean_std(logits)[::-1]"),
+    ("reward_model", "logits.squeeze(-1), torch", "logits.squeeze(-1).sigmoid(), torch"),
+    ("reward_model", "attention_mask.sum(-1) - 1", "attention_mask.sum(-1) - 2"),
+    ("reward_model", "model.eval(), tokenizer, batch_size", "model, tokenizer, batch_size"),
+    ("lora", "isinstance(base, Conv1D)\n", "not isinstance(base, Conv1D)\n"),
+    ("lora", "self.enabled = alpha / r,", "self.enabled = alpha / r**0.5,"),
+    ("lora", "nn.Dropout(dropout), True", "nn.Dropout(0.0), True"),
+    ("lora", "        self.train(base.training)\n", ""),
+    ("lora", "bound = 1 / math.sqrt(self.lora_A.shape[1])", "bound = math.sqrt(3 / self.lora_A.shape[1])"),
+    ("lora", "generator=generator) * 2 * bound - bound", "generator=generator) * 2 * bound"),
+    ("lora", "torch.rand(self.lora_A.shape, generator=generator)", "torch.rand(self.lora_A.shape)"),
+    ("lora", "        self.lora_B.zero_()\n", ""),
+    ("lora", "delta = self.scale * self.lora_B @ self.lora_A", "delta = self.lora_B @ self.lora_A"),
+    ("lora", "        if self.enabled:", "        if True:"),
+    ("lora", "y = y + self.scale * F.linear(", "y = y - self.scale * F.linear("),
+    ("lora", "y = y + self.scale * F.linear(", "y = y + F.linear("),
+    ("lora", "        y = F.linear(x,", "        x = self.dropout(x)\n        y = F.linear(x,"),
+    ("lora", "parameter.requires_grad_(_is_head(name))", "parameter.requires_grad_(False)"),
+    ("lora", "nn.Parameter(layer.weight + layer.delta())", "nn.Parameter(layer.weight - layer.delta())"),
+    ("lora", "plain.train(layer.training)", "plain"),
+    ("lora", "            layer.enabled = True\n", "            pass\n"),
+    ("lora", '        layer.weight.copy_(start[f"{name}.weight"])\n', ""),
+    ("lora", "delta.T if layer.transposed else delta, full_matrices", "delta, full_matrices"),
+    ("lora", "s[:k, None].sqrt() * vh[:k]", "s[:k, None] * vh[:k]"),
+    ("lora", "nn.Parameter(b), 1.0", "nn.Parameter(b), layer.scale"),
+    ("lora", '{PREFIX}{name}.lora_A.weight"] = layer.lora_A', '{PREFIX}{name}.lora_A.default.weight"] = layer.lora_A'),
+    ("lora", "for name, p in model.named_parameters() if _is_head(name)}", "for name, p in ()}"),
+    ("lora", '"lora_alpha": round(layer.scale * r, 6)', '"lora_alpha": layer.scale'),
+    ("lora", '"fan_in_fan_out": layer.transposed', '"fan_in_fan_out": False'),
+    ("lora", '"use_dora", "use_rslora"', '"use_dora"'),
+    ("lora", "            layer.lora_A.copy_(a)\n", ""),
+    ("lora", "        parameters[name].copy_(tensor)\n", ""),
+]  # fmt: skip
 
 
 def passes(folder, test):
-    """Whether a test file passes; anything but passed and failed (a mutant that does not even import) is an error."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/test_{test}.py"]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    if result.returncode not in (0, 1):
-        raise RuntimeError(f"pytest ended with {result.returncode}\n{result.stdout}{result.stderr}")
-    return result.returncode == 0
+    """Whether a test file passes; anything but passed, failed and too slow (e.g. it does not import) is an error."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(120)
+        os.chdir(folder)
+        output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"tests/test_{test}.py"]))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code not in (0, 1, -signal.SIGALRM):
+        raise RuntimeError(f"pytest ended with {code}\n" + (folder / "output.txt").read_text(errors="replace"))
+    return code == 0
+
+
+def survives(mutant):
+    """None where the text is not there once, else whether no test notices the mutant; () mutates nothing."""
+    module, *replacement = mutant
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "copy")
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "data", "runs", "__pycache__", "*.egg-info"))
+        if replacement:
+            path = folder / "rlhf_min" / f"{module}.py"
+            text = path.read_text(encoding="utf-8")
+            if text.count(replacement[0]) != 1:
+                return None
+            path.write_text(text.replace(*replacement), encoding="utf-8")
+        return passes(folder, module) and (module == "lora" or passes(folder, "enumeration"))
 
 
 def main():
+    torch.set_num_threads(1)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     mutants = [m for m in MUTANTS if any(part in m[0] for part in sys.argv[1:] or [""])]
+    modules = sorted({m[0] for m in mutants})
     killed = 0
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "copy"
-        leave = shutil.ignore_patterns(".*", "data", "runs", "__pycache__")
-        shutil.copytree(ROOT, folder, ignore=leave)
-        for test in [*sorted({m[0] for m in mutants}), "enumeration"]:
-            if not passes(folder, test):
-                raise SystemExit(f"tests/test_{test}.py fails without any mutant")
-        for module, old, new in mutants:
-            path = folder / "rlhf_min" / f"{module}.py"
-            text = path.read_text(encoding="utf-8")
-            if text.count(old) != 1:
-                print(f"NOT ONCE   {module}: {old}")
-                continue
-            path.write_text(text.replace(old, new), encoding="utf-8")
-            survived = passes(folder, module) and passes(folder, "enumeration")
-            path.write_text(text, encoding="utf-8")
-            killed += not survived
-            print(f"{'SURVIVED' if survived else 'killed  '}   {module}: {old!r} → {new!r}", flush=True)
+    with multiprocessing.get_context("fork").Pool() as pool:
+        for module, sound in zip(modules, pool.imap(survives, [(module,) for module in modules])):
+            if not sound:
+                raise SystemExit(f"tests/test_{module}.py fails without any mutant")
+        for (module, old, new), survived in zip(mutants, pool.imap(survives, mutants)):
+            verdict = {None: "NOT ONCE", True: "SURVIVED", False: "killed"}[survived]
+            killed += verdict == "killed"
+            print(f"{verdict:8}   {module}: {old!r} → {new!r}", flush=True)
     print(f"{killed} of {len(mutants)} mutants killed")
     return int(killed < len(mutants))
 

@@ -12,15 +12,23 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 
 import evaluate
 import rlhf_min.pretrain
+import train_reinforce
 import train_rm
 import train_warp
 from rlhf_min.errors import UserError, one_line_errors
+from rlhf_min.lora import add_lora, save_adapter
 from rlhf_min.models import save_model
+from rlhf_min.pretrain import train_tokenizer
 
-MAINS = {"warp": train_warp.main, "rm": train_rm.main, "evaluate": evaluate.main, "pretrain": rlhf_min.pretrain.main}
+MAINS = {
+    "warp": train_warp.main, "reinforce": train_reinforce.main, "rm": train_rm.main, "evaluate": evaluate.main,
+    "pretrain": rlhf_min.pretrain.main,
+}  # fmt: skip
 FLAGS = {
     "warp": "--policy policy --reward-model judge --prompts prompts.jsonl --num-eval-prompts 3 --iterations 1 --runs 1 "
     "--steps 2 --batch-size 2 --max-length 16 --prompt-tokens 3 --device cpu --out out",
+    "reinforce": "--policy policy --reward-model judge --prompts prompts.jsonl --num-eval-prompts 3 --steps 2 "
+    "--batch-size 2 --max-length 16 --prompt-tokens 3 --device cpu --out out",
     "rm": "--data pairs.jsonl --base policy --epochs 1 --batch-size 8 --eval-fraction 0.3 --device cpu --out out",
     "evaluate": "--policies policy --judges judge --prompts prompts.jsonl --num-prompts 4 --max-length 16 "
     "--prompt-tokens 3 --device cpu --out out",
@@ -136,7 +144,9 @@ CASES = {
     "no pad, no EOS": Case("warp", "--policy plain", "plain: its tokenizer has neither"),
     "base without pad and EOS": Case("rm", "--base plain", "plain: its tokenizer has neither"),
     "reward model as policy": Case("warp", "--policy judge", "judge"),
-    "judge with two labels": Case("warp", "--reward-model two_labels", "two_labels: a classifier with 2 labels"),
+    "judge with two labels": Case(
+        "warp", "--reward-model two_labels", "two_labels: a classifier with the labels LABEL_0, LABEL_1"
+    ),
     "judge without a head": Case("evaluate", "--judges j=policy", "no sequence classifier"),
     "missing judge": Case("evaluate", "--judges gold=nowhere", "nowhere: no such folder"),
     "two judges of one name": Case("evaluate", "--judges judge judge", "the name judge is taken"),
@@ -200,6 +210,121 @@ CASES = {
     "validation that cannot pass": Case("rm", "--eval-fraction 0.1", "validat"),
     # what only the run shows
     "diverged": Case("warp", "--lr 1e20", "diverged", late=True),
+    # REINFORCE
+    "missing prompts of reinforce": Case("reinforce", "--prompts none.jsonl", "none.jsonl: no such file"),
+    "missing held-out prompts of reinforce": Case("reinforce", "--eval-prompts none.jsonl", "none.jsonl: no such file"),
+    "missing policy of reinforce": Case("reinforce", "--policy nowhere", "nowhere: no such folder"),
+    "missing reward model": Case("reinforce", "--reward-model runs/rm", "runs/rm: no such folder"),
+    "unknown reward function": Case("reinforce", "--reward-model functions.f", "no function f"),
+    "reward model as policy of reinforce": Case("reinforce", "--policy judge", "judge"),
+    "judge without a head of reinforce": Case("reinforce", "--reward-model policy", "no sequence classifier"),
+    "judge of sentiments": Case(
+        "reinforce", "--reward-model sentiment", "sentiment: a classifier with the labels NEGATIVE, POSITIVE"
+    ),
+    "judge of sentiments in an evaluation": Case("evaluate", "--judges s=sentiment", "NEGATIVE, POSITIVE"),
+    "batch that k does not divide": Case(
+        "reinforce", "--num-generations 3", "--batch-size 2 must be a multiple of --num-generations 3"
+    ),
+    "more generations than answers": Case("reinforce", "--num-generations 4", "must be a multiple"),
+    "leave-one-out without others": Case("reinforce", "--baseline leave-one-out", "set --num-generations to 2 or more"),
+    "unknown baseline": Case("reinforce", "--baseline ema", "--baseline: invalid choice: 'ema'"),
+    "unknown sigma": Case("reinforce", "--sigma weight", "--sigma: invalid choice: 'weight'"),
+    "negative beta": Case("reinforce", "--beta=-0.1", "--beta must be at least 0, not -0.1"),
+    "negative sigma coefficient": Case("reinforce", "--sigma-coefficient=-1", "--sigma-coefficient must be"),
+    "no generations": Case("reinforce", "--num-generations 0", "--num-generations must be at least 1"),
+    "flags of WARP": Case("reinforce", "--mu 0.01", "--mu"),
+    "too few prompts of reinforce": Case("reinforce", "--num-eval-prompts 12", "lower --num-eval-prompts"),
+    "all prompts too long": Case("reinforce", "--max-prompt-characters 5", "raise --max-prompt-characters 5"),
+    "all prompts of WARP too long": Case("warp", "--max-prompt-characters 5", "raise --max-prompt-characters 5"),
+    "all prompts of an evaluation too long": Case(
+        "evaluate", "--max-prompt-characters 5", "raise --max-prompt-characters 5"
+    ),
+    "too few short prompts": Case("evaluate", "--max-prompt-characters 10 --num-prompts 12", "10 distinct prompts"),
+    "negative length of prompts": Case("reinforce", "--max-prompt-characters=-1", "--max-prompt-characters must be"),
+    "reward NaN in reinforce": Case(
+        "reinforce", "--reward-model functions.nan", "functions.nan returned nan", late=True
+    ),
+    "diverged in reinforce": Case("reinforce", "--lr 1e20", "diverged", late=True),
+    "out of reinforce holds a run": Case(
+        "reinforce", "--out old", "--out old holds another run", {"old/run.json": b"{}"}
+    ),
+    "config key of reinforce": Case(
+        "reinforce", "--config a.yaml", "did you mean num_generations?", {"a.yaml": b"num_generation: 8\n"}
+    ),
+    "out before the embedded world of reinforce": Case(
+        "reinforce", "--policy runs/toy/policy --out old", "--out old", {"old/run.json": b"{}"}
+    ),
+    "prompts before the embedded world": Case(
+        "reinforce", "--reward-model runs/toy/ordinal_reward_model --prompts none.jsonl", "none.jsonl: no such file"
+    ),
+    # LoRA
+    "target that is not there": Case(
+        "reinforce", "--lora-r 2 --lora-target-modules q_proj", "named q_proj; there are c_attn, c_fc, c_proj"
+    ),
+    "target of WARP that is not there": Case(
+        "warp",
+        "--lora-r 2 --lora-target-modules c_attn query",
+        "--lora-target-modules: no linear module is named query",
+    ),
+    "target of a reward model that is not there": Case(
+        "rm", "--lora-r 2 --lora-target-modules attn", "--lora-target-modules: no linear module is named attn"
+    ),
+    "negative rank": Case("reinforce", "--lora-r=-1", "--lora-r must be at least 0, not -1"),
+    "negative rank of WARP": Case("warp", "--lora-r=-1", "--lora-r must be at least 0, not -1"),
+    "half a rank": Case("rm", "--lora-r 0.5", "--lora-r: invalid int value"),
+    "alpha NaN": Case("warp", "--lora-alpha nan", "--lora-alpha must be at least 0, not nan"),
+    "dropout": Case("rm", "--lora-dropout 1.5", "--lora-dropout must be between 0 and 0.99, not 1.5"),
+    "dropout of a policy": Case("reinforce", "--lora-dropout 0.1", "--lora-dropout"),
+    "adapter without its base": Case("reinforce", "--policy orphan", "gone/base: no such folder"),
+    "adapter without its base in an evaluation": Case(
+        "evaluate", "--policies policy orphan", "gone/base: no such folder"
+    ),
+    "adapter without its base as base": Case("rm", "--base orphan", "gone/base: no such folder"),
+    "judge's adapter without its base": Case("warp", "--reward-model orphan_judge", "gone/base: no such folder"),
+    "judge's adapter as policy": Case("reinforce", "--policy adapted_judge", "adapted_judge"),
+    "broken adapter": Case(
+        "reinforce", "--policy old", "old is not an adapter in PEFT's format", {"old/adapter_config.json": b"{oops"}
+    ),
+    # reward models
+    "unknown head": Case("rm", "--head ternary", "--head: invalid choice: 'ternary'"),
+    "unknown ties": Case("rm", "--head ordinal --ties none", "--ties: invalid choice: 'none'"),
+    "margin without a field": Case("rm", "--margin", "--margin: 20 pairs have no field 'margin'; leave out the flag"),
+    "margin with an ordinal head": Case("rm", "--margin --head ordinal", "--margin goes with --head scalar only"),
+    "margin of the wrong type": Case(
+        "rm",
+        "--margin --data a.jsonl",
+        "a.jsonl, line 2: 'margin' must be a finite number, but is 'wide'",
+        {"a.jsonl": rows(*({"chosen": "a", "rejected": "b", "margin": m} for m in (1, "wide")))},
+    ),
+    "margin NaN": Case(
+        "rm",
+        "--margin --data a.jsonl",
+        "a.jsonl, line 1: 'margin' must be a finite number, but is nan",
+        {"a.jsonl": b'{"chosen": "a", "rejected": "b", "margin": NaN}\n'},
+    ),
+    "margin of labelled texts": Case(
+        "rm",
+        "--margin --data a.jsonl",
+        "--margin: 1 pairs have no field",
+        {"a.jsonl": rows(*({"text": "a", "label": label, "margin": 1} for label in (0, 1)))},
+    ),
+    "margin of the training pairs only": Case(
+        "rm",
+        "--margin --data a.jsonl --eval-data pairs.jsonl",
+        "--margin: 20 pairs have no field",
+        {"a.jsonl": rows(*({"chosen": f"a{i}", "rejected": "b", "margin": 1} for i in range(20)))},
+    ),
+    # comparing at one KL
+    "KL of a front": Case("evaluate", "--policies --front empty --match-kl 1", "--match-kl goes with --policies"),
+    "negative KL": Case("evaluate", "--match-kl=-1", "--match-kl must be at least 0"),
+    "KL of another architecture": Case(
+        "evaluate", "--policies policy wide --match-kl 0.1", "--match-kl needs policies of one architecture"
+    ),
+    "KL of another vocabulary": Case(
+        "evaluate",
+        "--policies policy other_words --match-kl 0.1",
+        "other_words: --match-kl needs the vocabulary of policy",
+    ),
 }
 
 PARAMETERS = [pytest.param(case, id=name) for name, case in CASES.items()]
@@ -207,13 +332,24 @@ PARAMETERS = [pytest.param(case, id=name) for name, case in CASES.items()]
 
 @pytest.fixture(scope="module")
 def models_folder(tmp_path_factory, tiny_tokenizer):
-    """A policy, judges with one and two labels, a policy whose tokenizer has neither pad nor EOS, an empty folder."""
+    """Policies and judges, good and bad: see the names; adapters whose base is gone, and one whose base is not."""
     folder = tmp_path_factory.mktemp("models")
     size = {"vocab_size": len(tiny_tokenizer), "n_positions": 64, "n_layer": 1, "n_embd": 16, "n_head": 2}
     save_model(GPT2LMHeadModel(GPT2Config(**size)), tiny_tokenizer, folder / "policy")
-    for name, labels in (("judge", 1), ("two_labels", 2)):
-        classifier = GPT2ForSequenceClassification(GPT2Config(**size, num_labels=labels, pad_token_id=1))
+    save_model(GPT2LMHeadModel(GPT2Config(**{**size, "n_embd": 32})), tiny_tokenizer, folder / "wide")
+    words = train_tokenizer(["no word of a film"], 270)
+    save_model(GPT2LMHeadModel(GPT2Config(**size)), words, folder / "other_words")
+    sentiments = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
+    for name, labels in (("judge", {"num_labels": 1}), ("two_labels", {"num_labels": 2}), ("sentiment", sentiments)):
+        classifier = GPT2ForSequenceClassification(GPT2Config(**size, **labels, pad_token_id=1))
         save_model(classifier, tiny_tokenizer, folder / name)
+    for name, kind, base in (("orphan", GPT2LMHeadModel, "gone/base"),
+                             ("orphan_judge", GPT2ForSequenceClassification, "gone/base"),
+                             ("adapted_judge", GPT2ForSequenceClassification, "policy")):  # fmt: skip
+        model = kind(GPT2Config(**size, num_labels=1, pad_token_id=1))
+        model.config._name_or_path = base
+        save_adapter(add_lora(model, r=2, alpha=4), folder / name)
+        tiny_tokenizer.save_pretrained(folder / name)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(300)}, unk_token="w0"))
     save_model(GPT2LMHeadModel(GPT2Config(**size)), PreTrainedTokenizerFast(tokenizer_object=words), folder / "plain")
     (folder / "empty").mkdir()
@@ -279,6 +415,13 @@ def test_own_pairs_are_validated_on_own_pairs(workplace, monkeypatch):
     flags = FLAGS["rm"].replace("--base policy ", "")
     train_rm.main([*flags.split(), "--accept-weak"])
     assert json.loads((workplace / "out" / "summary.json").read_text())["eval_pairs"] == 6
+
+
+def test_held_out_prompts_that_are_all_trained_on(workplace, capsys):
+    """T26: with one file for both nothing is held out; the message counts each of its 12 prompts once."""
+    with pytest.raises(SystemExit):
+        MAINS["reinforce"]([*FLAGS["reinforce"].split(), "--eval-prompts", "prompts.jsonl"])
+    assert "error: 12 distinct prompts" in capsys.readouterr().err
 
 
 def test_a_batch_of_one_and_a_text_that_just_fits(workplace):

@@ -1,6 +1,7 @@
 """Judging policies on held-out prompts, and the statistics of it."""
 
 import math
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +14,19 @@ from rlhf_min.evaluation import (
     format_table,
     judge_policy,
     load_judges,
+    match_kl,
     mean_se,
     paired_difference,
+    print_samples,
     summarise,
     sweep_front,
     win_rate,
+    z_score,
 )
+from rlhf_min.lora import add_lora, lora_layers
 from rlhf_min.models import get_weights, set_weights
 from rlhf_min.reward_model import RewardFunction
+from rlhf_min.warp import interpolate
 
 CPU = torch.device("cpu")
 TEXTS = ["The film", "The plot", "What a", "I", "The cast was", "It"]
@@ -111,6 +117,71 @@ def test_distinct_2_by_hand():
     assert distinct_2(["a b a b", "a b"]) == 2 / 4
     assert distinct_2(["a b c", "d e"]) == 1.0
     assert distinct_2(["word", ""]) == 0.0
+
+
+def test_z_score_by_hand():
+    """Of 1, 2, 3, 6 the mean is 3 and the deviation √(14/3): a mean of 5 lies 2/√(14/3) above it, one of 2 below."""
+    deviation = math.sqrt(14 / 3)
+    assert z_score([4, 5, 6], [1, 2, 3, 6]) == pytest.approx(2 / deviation)
+    assert z_score([2.0], [1, 2, 3, 6]) == pytest.approx(-1 / deviation)
+    assert z_score([1, 2, 3, 6], [1, 2, 3, 6]) == 0.0
+
+
+def test_z_scores_standardise_the_reference():
+    """T27: with the constants of the reference, its own rewards have mean 0 and standard deviation 1."""
+    reference = [float(i * i % 17) for i in range(40)]
+    standardised = [z_score([value], reference) for value in reference]
+    mean, error = mean_se(standardised)
+    assert mean == pytest.approx(0.0, abs=1e-9)
+    assert error * math.sqrt(40) == pytest.approx(1.0)
+
+
+def test_z_scores_have_no_unit():
+    """T27: another unit of the judge, another zero, and the z-score is the same; a reversed judge reverses it."""
+    values, reference = [3.0, 8.0, 4.0], [1.0, 2.0, 3.0, 6.0]
+    affine = lambda rewards, a: [a * reward - 7 for reward in rewards]
+    assert z_score(affine(values, 9.0), affine(reference, 9.0)) == pytest.approx(z_score(values, reference))
+    assert z_score(affine(values, -0.1), affine(reference, -0.1)) == pytest.approx(-z_score(values, reference))
+
+
+def test_there_is_no_z_score_without_variation():
+    """Rewards that never vary have no deviation to measure by, nor has a single one: NaN, and no exception."""
+    assert math.isnan(z_score([1.0, 3.0], [2.0, 2.0]))
+    assert math.isnan(z_score([2.0, 2.0], [2.0, 2.0]))
+    assert math.isnan(z_score([1.0], [2.0]))
+
+
+def test_there_is_no_z_score_of_constants_that_round():
+    """NaN where the reference's rewards do not vary, whatever number they are; rounding is no variation."""
+    assert math.isnan(z_score([0.2] * 10, [0.1] * 10))
+
+
+def test_samples_are_printed_and_returned(capsys):
+    """The first three prompts with both answers, of a conversation its last message; returned as they are."""
+    turns = [{"role": "user", "content": "Hello"}, {"role": "user", "content": "A film?"}]
+    before = {"prompt": ["The film", turns, "The plot", "I"], "completion": [" was\n", " a", " b", " c"]}
+    after = {"prompt": before["prompt"], "completion": [" is ", " d", " e", " f"]}
+    rows = print_samples(before, after)
+    assert rows == [
+        {"prompt": "The film", "before": " was\n", "after": " is "},
+        {"prompt": turns, "before": " a", "after": " d"},
+        {"prompt": "The plot", "before": " b", "after": " e"},
+    ]
+    blocks = capsys.readouterr().out.strip().split("\n\n")
+    assert blocks == [
+        "prompt  The film\nbefore  was\nafter   is",
+        "prompt  A film?\nbefore  a\nafter   d",
+        "prompt  The plot\nbefore  b\nafter   e",
+    ]
+    assert print_samples(before, after, count=1) == rows[:1]
+    assert print_samples({"prompt": ["I"], "completion": [""]}, {"completion": [""]}) == [
+        {"prompt": "I", "before": "", "after": ""}
+    ]
+
+
+def test_an_error_that_there_is_not_is_not_shown():
+    """One seed, or one prompt, has a mean but no error; the table shows the mean alone."""
+    assert format_table([{"a": 1.0, "a_se": math.nan}], ["a"]).splitlines()[-1] == "| 1.000 |"
 
 
 def test_format_table():
@@ -243,3 +314,84 @@ def test_a_judge_may_not_take_the_name_of_a_column(name):
     """T62: a judge called like a column of the table would be added to that column."""
     with pytest.raises(UserError, match=name):
         load_judges([f"{name}=rlhf_min.toy.gold_judge"], CPU)
+
+
+@pytest.fixture
+def two_policies(tiny_policy):
+    """(policy, reference): the policy is the reference, perturbed."""
+    policy = deepcopy(tiny_policy)
+    set_weights(policy, perturbed(get_weights(policy)))
+    return policy, tiny_policy
+
+
+def kl_at(eta, policies, tokenizer, start, end):
+    """KL of the interpolation, as match_kl is to see it."""
+    set_weights(policies[0], interpolate(start, end, eta))
+    return mean_se(judge_policy(policies[0], tokenizer, prompts(tokenizer), {}, options(), policies[1])["kl"])[0]
+
+
+def test_match_kl_finds_the_weight(two_policies, tiny_tokenizer):
+    """T60: on a grid of 1/1024 the KL passes the target right before the returned η, where the policy then is."""
+    policy, reference = two_policies
+    start, end = get_weights(reference), get_weights(policy)
+    whole, etas = kl_at(1.0, two_policies, tiny_tokenizer, start, end), []
+    for share in (0.1, 0.6):
+        set_weights(policy, end)
+        eta = match_kl(policy, tiny_tokenizer, prompts(tiny_tokenizer), options(), reference, share * whole)
+        assert all(torch.equal(w, interpolate(start, end, eta)[name]) for name, w in get_weights(policy).items())
+        assert all(torch.equal(w, start[name]) for name, w in get_weights(reference).items())
+        assert eta * 1024 == int(eta * 1024)
+        kl = kl_at(eta, two_policies, tiny_tokenizer, start, end)
+        assert kl_at(eta - 1 / 1024, two_policies, tiny_tokenizer, start, end) < share * whole <= kl
+        assert kl == pytest.approx(share * whole, rel=0.1)
+        etas.append(eta)
+    assert 0 < etas[0] < etas[1] < 1
+
+
+def test_a_policy_that_is_near_stays_where_it_is(two_policies, tiny_tokenizer):
+    """T60: nobody is moved *away* from the reference: at or below the target η is 1, and no weight has changed."""
+    policy, reference = two_policies
+    start, end, items = get_weights(reference), get_weights(policy), prompts(tiny_tokenizer)
+    whole = kl_at(1.0, two_policies, tiny_tokenizer, start, end)
+    for target in (whole, 2 * whole, math.inf):
+        assert match_kl(policy, tiny_tokenizer, items, options(), reference, target) == 1.0
+        assert all(torch.equal(w, end[name]) for name, w in get_weights(policy).items())
+    assert match_kl(reference, tiny_tokenizer, items, options(), reference, 0.1) == 1.0  # against itself
+    assert all(torch.equal(w, start[name]) for name, w in get_weights(reference).items())
+
+
+def test_fewer_halvings_are_a_coarser_grid(two_policies, tiny_tokenizer):
+    """With three halvings η is a multiple of ⅛; the KL is then at least the target."""
+    policy, reference = two_policies
+    start, end = get_weights(reference), get_weights(policy)
+    target = 0.3 * kl_at(1.0, two_policies, tiny_tokenizer, start, end)
+    eta = match_kl(policy, tiny_tokenizer, prompts(tiny_tokenizer), options(), reference, target, halvings=3)
+    assert eta * 8 == int(eta * 8)
+    assert kl_at(eta - 1 / 8, two_policies, tiny_tokenizer, start, end) < target
+    assert kl_at(eta, two_policies, tiny_tokenizer, start, end) >= target
+
+
+@pytest.mark.parametrize("change", [{"n_layer": 1}, {"n_embd": 32}])
+def test_match_kl_needs_one_architecture(two_policies, tiny_tokenizer, change):
+    """Weights of other names or shapes cannot be interpolated: one sentence, and the policy is left alone."""
+    policy, reference = two_policies
+    config = deepcopy(reference.config)
+    config.update(change)
+    other, end = type(reference)(config).eval(), get_weights(policy)
+    with pytest.raises(UserError, match="--match-kl needs policies of one architecture"):
+        match_kl(policy, tiny_tokenizer, prompts(tiny_tokenizer), options(), other, 0.1)
+    assert all(torch.equal(w, end[name]) for name, w in get_weights(policy).items())
+
+
+def test_the_reference_of_adapters_is_the_model_without(tiny_policy, tiny_tokenizer):
+    """T50: new adapters are at a KL of exactly 0 to the model without them, changed ones are not; they stay on."""
+    items, base = prompts(tiny_tokenizer), deepcopy(tiny_policy)
+    add_lora(tiny_policy, r=2, alpha=4)
+    judge = lambda reference: judge_policy(tiny_policy, tiny_tokenizer, items, {}, options(), reference)
+    assert judge(tiny_policy)["kl"] == [0.0] * len(items)
+    for layer in lora_layers(tiny_policy).values():
+        torch.nn.init.normal_(layer.lora_B)
+    columns = judge(tiny_policy)
+    assert min(columns["kl"]) > 0
+    assert columns == judge(base) == judge(deepcopy(tiny_policy))  # the reference's own adapters are meant
+    assert all(layer.enabled for layer in lora_layers(tiny_policy).values())

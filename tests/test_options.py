@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +36,11 @@ def config(tmp_path, text):
 def scripts():
     """(module name, its dataclasses of options, its text) of every script and module that parses options."""
     found = []
-    for path in sorted([*ROOT.glob("*.py"), *(ROOT / "rlhf_min").glob("*.py")]):
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("rlhf_min/*.py"), *ROOT.glob("benchmarks/*.py")]):
         text = path.read_text(encoding="utf-8")
         if path.name == "options.py" or "parse_options(" not in text:
             continue
-        name = path.stem if path.parent == ROOT else f"rlhf_min.{path.stem}"
+        name = path.stem if path.parent == ROOT else f"{path.parent.name}.{path.stem}"
         module = importlib.import_module(name)
         classes = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and c.__module__ == name]
         found.append((name, [c for c in classes if c.__name__.endswith("Options")], text))
@@ -201,17 +202,58 @@ def test_ranges_of_warp(flags, fragment):
         parse_options(WarpOptions, flags)
 
 
+@pytest.mark.parametrize(
+    "flags, fragment",
+    [
+        (["--beta=-0.1"], "--beta"),
+        (["--steps", "0"], "--steps"),
+        (["--num-generations", "0"], "--num-generations"),
+        (["--num-eval-prompts", "2"], "--num-eval-prompts"),
+        (["--sigma-coefficient=-1"], "--sigma-coefficient"),
+        (["--missing-eos-penalty", "-2"], "--missing-eos-penalty"),
+        (["--lora-r=-1"], "--lora-r"),
+        (["--lora-alpha", "nan"], "--lora-alpha"),
+        (["--max-prompt-characters=-5"], "--max-prompt-characters"),
+    ],
+)
+def test_ranges_of_reinforce(flags, fragment):
+    """T59: the ranges of REINFORCE's numbers: penalties are taken from the reward, never added to it."""
+    from train_reinforce import ReinforceOptions
+
+    with pytest.raises(UserError, match=f"{fragment} must be"):
+        parse_options(ReinforceOptions, flags)
+
+
 def test_every_script_is_found():
     """The tests below run over every script that there is."""
-    assert {"train_rm", "train_warp", "evaluate", "rlhf_min.pretrain"} <= set(NAMES)
+    scripts = {"train_rm", "train_reinforce", "train_warp", "evaluate", "rlhf_min.pretrain"}
+    benchmarks = {f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")}
+    assert scripts | benchmarks <= set(NAMES)
     assert all(len(classes) == 1 for _, classes, _ in SCRIPTS)
+
+
+def project_source(module):
+    """The text of a script and of all functions and classes of the project that it uses, and that these use, ..."""
+    ours = lambda value: re.match(r"rlhf_min\.|benchmarks\.|train_|evaluate", getattr(value, "__module__", None) or "")
+    text, seen = inspect.getsource(module), set()
+    queue = [(text, module)]
+    while queue:
+        source, home = queue.pop()
+        for first, name in re.findall(r"\b(?:(\w+)\.)?(\w+)\b", source):
+            owner = getattr(home, first, None) if first else home
+            value = getattr(owner, name, None) if inspect.ismodule(owner) else None
+            if callable(value) and ours(value) and value not in seen and name != "main" and "Options" not in name:
+                seen.add(value)
+                more = inspect.getsource(value)
+                text += more
+                queue.append((more, inspect.getmodule(value)))
+    return text
 
 
 @pytest.mark.parametrize("name, classes, text", SCRIPTS, ids=NAMES)
 def test_every_option_is_read(name, classes, text):
-    """T59: every option of a script is read as `options.name` in the script or in the package."""
-    others = [p for p in (ROOT / "rlhf_min").glob("*.py") if f"rlhf_min.{p.stem}" not in NAMES]
-    source = text + "".join(path.read_text(encoding="utf-8") for path in others)
+    """T59: every option of a script is read as `options.name`, in the script or in a function that it calls."""
+    source = project_source(importlib.import_module(name))
     names = [field.name for field in dataclasses.fields(classes[0])]
     unread = [n for n in names if not re.search(rf"\boptions\.{n}\b(?!\s*=[^=])", source)]
     assert unread == []
@@ -237,5 +279,5 @@ def test_every_configuration_file_is_read_by_its_script(path):
     """T59: a file in configs/ names its script in its first lines, and that script knows all of its keys."""
     found = re.search(r"python (?:-m )?(\S+?)(?:\.py)? .*--config configs/" + re.escape(path.name), path.read_text())
     assert found, "no line 'python <script> --config configs/<file>'"
-    (options_class,) = SCRIPTS[NAMES.index(found.group(1))][1]
+    (options_class,) = SCRIPTS[NAMES.index(found.group(1).replace("/", "."))][1]
     assert parse_options(options_class, ["--config", str(path)]) != options_class()

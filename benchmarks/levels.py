@@ -1,0 +1,157 @@
+"""The REINFORCE report's two levels, compared, and whether its σ weight helps.
+
+    python benchmarks/levels.py --seeds 4 --out runs/levels
+
+Level 1 is a scalar reward model, level 2 an ordinal one; a policy is trained against each. Their rewards have different
+units, so the policies are compared by what neither was trained on, the gold score, at the same KL to π_sft; the reward
+models judge each other's policies in z-scores. The arms of level 2, each with strict and with half ties:
+
+    off          A = R − b
+    advantage    A = (R − b) f(σ),  f = 1/(1+σ), the report's; biased
+    constant     A = (R − b) mean f, the same step size without σ
+    penalty      r' = r − λσ before KL and baseline; unbiased, of another objective
+    folded       r' = r f(σ) before KL and baseline; likewise
+    shrunk       r' = r mean f, what folding does to the reward's weight against β, without σ
+
+Every seed has reward models, policies and samples of its own.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_reinforce
+import train_rm
+from benchmarks.reward_models import load_rated_pairs, measure
+from rlhf_min import toy
+from rlhf_min.errors import UserError, one_line_errors
+from rlhf_min.evaluation import format_table, judge_policy, load_judges, match_kl, mean_se, win_rate, z_score
+from rlhf_min.inputs import load_inputs
+from rlhf_min.models import get_weights, load_policy, set_weights
+from rlhf_min.options import option, parse_options
+from rlhf_min.precision import resolve_device
+from rlhf_min.reinforce import sigma_weight
+from rlhf_min.runlog import RunLog
+
+HEADS = {
+    "scalar": [], "strict": ["--head", "ordinal"], "half": ["--head", "ordinal", "--ties", "half"],
+}  # fmt: skip
+ARMS = ["off", "advantage", "constant", "penalty", "folded", "shrunk"]
+
+
+@dataclass
+class LevelOptions(train_reinforce.ReinforceOptions):
+    """Train reward models of both levels and a policy for every arm, and compare them."""
+
+    seeds: int = option(4, "repetitions", low=1)
+    arms: list = option(ARMS, "arms of level 2, the first of them off, with which the others are compared")
+    match_kl: float = option(1.0, "nats of KL at which the policies are compared", low=0.01)
+
+
+def arm_settings(arm, judge, answers, options):
+    """(reward model, --sigma, β) of an arm. A weight on R − b that is the same for all answers is one on r and on β.
+
+    The constant is the mean of f(σ) over π_sft's `answers`: prompts, completions, ended.
+    """
+    f = sigma_weight(judge(*answers)[1]).mean().item()
+    scaled = lambda *inputs: (f * judge(*inputs)[0], judge(*inputs)[1])
+    return {
+        "off": (judge, "off", options.beta), "advantage": (judge, "advantage", options.beta),
+        "constant": (scaled, "off", f * options.beta), "penalty": (judge, "penalty", options.beta),
+        "folded": (folded(judge), "off", options.beta), "shrunk": (scaled, "off", options.beta),
+    }[arm]  # fmt: skip
+
+
+def folded(judge):
+    """A judge whose reward is r f(σ)."""
+
+    def reward(*inputs):
+        mean, sigma = judge(*inputs)
+        return mean * sigma_weight(sigma), sigma
+
+    return reward
+
+
+def compare_arms(seed, models, judges, prompts, eval_prompts, options, log):
+    """Train and judge every arm at one seed: {(arm, at): row}, `at` the end of training or matched KL."""
+    policy, reference, tokenizer = models
+    sft, beta, options.seed = get_weights(reference), options.beta, seed
+    judges = {**{head: judges[f"{head}{seed}"] for head in HEADS}, "gold": judges["gold"], "fluency": judges["fluency"]}
+    before = judge_policy(reference, tokenizer, eval_prompts, judges, options)
+    rows, level_1, off = {}, {}, {}
+    for head, arm in [("scalar", "off"), *((head, arm) for head in ("strict", "half") for arm in options.arms)]:
+        options.beta = beta
+        set_weights(policy, sft)
+        answers = before["prompt"], before["completion"], before["ended"]
+        reward_model, options.sigma, options.beta = arm_settings(arm, judges[head], answers, options)
+        train_reinforce.train_policy(policy, tokenizer, reward_model, prompts, sft, options, log)
+        for at, kl in (("end", math.inf), ("matched", options.match_kl)):
+            eta = match_kl(policy, tokenizer, eval_prompts, options, reference, kl)
+            columns = judge_policy(policy, tokenizer, eval_prompts, judges, options, reference)
+            level_1.setdefault(at, columns["gold"])  # the first arm's
+            if arm == "off":
+                off[at] = mean_se(columns["gold"])[0]
+            row = {"eta": eta, "kl": mean_se(columns["kl"])[0]}
+            row |= {judge: mean_se(columns[judge])[0] for judge in ("gold", "fluency", "length")}
+            row |= {f"{judge}_z": z_score(columns[judge], before[judge]) for judge in [*HEADS, "gold"]}
+            row["win_rate_sft"] = win_rate(columns["gold"], before["gold"])
+            row["win_rate_level_1"] = win_rate(columns["gold"], level_1[at])
+            row["gold_minus_off"] = row["gold"] - off[at]  # paired: the same seed, prompts and reward model
+            rows[f"{head}, {arm}", at] = row
+    options.beta, options.sigma = beta, "off"
+    return rows
+
+
+def over_seeds(rows):
+    """One row from a row per seed: means, and standard errors over seeds."""
+    merged = {}
+    for key in rows[0]:
+        if not key.endswith("_se"):  # one row's own error, over pairs
+            merged[key], merged[f"{key}_se"] = mean_se([row[key] for row in rows])
+    return merged
+
+
+@one_line_errors
+def main(argv=None):
+    options = parse_options(LevelOptions, argv)
+    device = resolve_device(options)
+    if options.arms[:1] != ["off"] or set(options.arms) - set(ARMS):
+        raise UserError(f"--arms are off, and then any of {', '.join(ARMS[1:])}")
+    if options.lora_r or options.missing_eos_penalty:
+        raise UserError("the arms train all weights, without an EOS penalty; leave out --lora-r, --missing-eos-penalty")
+    log = RunLog("levels", options)
+    train_rm.prepare_inputs([options.prompts, toy.EVAL_PAIRS], [options.policy, options.reward_model])
+    policy, tokenizer, _, prompts, eval_prompts = load_inputs(options, device)
+    reference, _ = load_policy(options.policy, device, options.max_length)
+    pairs, ratings = load_rated_pairs(toy.EVAL_PAIRS)
+    log.begin()
+
+    quality, results = {head: [] for head in HEADS}, {}
+    for seed in range(1, options.seeds + 1):
+        for head, flags in HEADS.items():
+            folder = str(log.folder / f"{head}{seed}")
+            train_rm.main([*flags, "--seed", str(seed), "--out", folder])
+        judges = load_judges([f"{log.folder}/{head}{seed}" for head in HEADS] + toy.JUDGES, device)
+        for head in HEADS:
+            quality[head].append(measure(judges[f"{head}{seed}"], pairs, ratings))
+        rows = compare_arms(seed, (policy, reference, tokenizer), judges, prompts, eval_prompts, options, log)
+        for key, row in rows.items():
+            results.setdefault(key, []).append(row)
+
+    tables = {"reward models": [{"head": head, **over_seeds(rows)} for head, rows in quality.items()]}
+    for at in ("end", "matched"):
+        tables[at] = [{"arm": arm, **over_seeds(rows)} for (arm, when), rows in results.items() if when == at]
+    text = ""
+    for title, rows in tables.items():
+        names = [name for name in max(rows, key=len) if not name.endswith("_se")]
+        text += f"{title}\n\n{format_table(rows, names)}\n\n"
+    print("\n" + text)
+    (log.folder / "table.md").write_text(text, encoding="utf-8")
+    log.finish(**tables, by_seed={f"{arm}, {at}": rows for (arm, at), rows in results.items()})
+
+
+if __name__ == "__main__":
+    main()

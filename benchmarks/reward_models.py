@@ -1,0 +1,118 @@
+"""What is a reward model worth? Accuracy, likelihood, calibration, agreement with ratings; does σ know its errors?
+
+    python benchmarks/reward_models.py --reward-models runs/toy/reward_model runs/toy/ordinal_reward_model
+
+Both heads give a probability that the chosen answer is better: σ(r_w − r_l), or P(i > j) + ½ P(i = j).
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_rm
+from rlhf_min import toy
+from rlhf_min.data import load_pairs, read_rows
+from rlhf_min.errors import UserError, one_line_errors
+from rlhf_min.evaluation import format_table
+from rlhf_min.losses import preference_logprob
+from rlhf_min.options import RunOptions, option, parse_options
+from rlhf_min.precision import resolve_device
+from rlhf_min.reward_model import RewardModel, load_judge, reward_and_sigma
+from rlhf_min.runlog import RunLog
+
+
+@dataclass
+class QualityOptions(RunOptions):
+    """Measure reward models on pairs that they were not trained on."""
+
+    reward_models: list = option([toy.REWARD_MODEL, toy.ORDINAL_REWARD_MODEL], "reward models to measure")
+    data: str = option(toy.EVAL_PAIRS, "pairs; with the fields chosen_rating and rejected_rating also rank agreement")
+    max_length: int = option(512, "tokens; longer pairs are left out", low=8)
+
+
+def load_rated_pairs(source):
+    """Pairs and their ratings [(chosen, rejected)], or None where the data have none."""
+    pairs, _ = load_pairs(source)
+    rows = [row for _, row in read_rows(source)]
+    rated = all("chosen_rating" in row for row in rows)
+    if rated and not all(isinstance(row.get("rejected_rating"), int | float) for row in rows):
+        raise UserError(f"{source}: beside chosen_rating every row needs a number rejected_rating")
+    return pairs, [(row["chosen_rating"], row["rejected_rating"]) for row in rows] if rated else None
+
+
+def spearman(a, b):
+    """Rank correlation of two (N,) tensors; equal values share their mean rank."""
+    rank = lambda x: ((x[:, None] > x).double() + 0.5 * (x[:, None] == x)).sum(-1)  # (N,)
+    return torch.corrcoef(torch.stack([rank(a), rank(b)]))[0, 1].item()
+
+
+def calibration_error(p, bins=10):
+    """Expected calibration error of P(the first is better), p (N,), where the first *is* better.
+
+    Confidence is max(p, 1−p); in each of `bins` equal steps from ½ to 1 it is compared with the share of right answers.
+    """
+    confidence, right = torch.maximum(p, 1 - p), (p > 0.5).double()
+    step = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = [(confidence[step == i].mean() - right[step == i].mean()).abs() * (step == i).sum() for i in step.unique()]
+    return (sum(gaps) / len(p)).item()
+
+
+def measure(judge, pairs, ratings, max_length=512):
+    """One row of figures for a RewardModel on pairs; `ratings` belong to them, or are None."""
+    encode = lambda pairs: train_rm.encode_pairs(pairs, judge.tokenizer, min(max_length, judge.max_length))[0]
+    rows = encode(pairs)
+    if not rows:
+        raise UserError(f"no pair fits into --max-length {max_length}; raise it")
+    logits_w, logits_l = (judge.logits([row[i] for row in rows]) for i in (0, 1))  # (N, K) each
+    (reward_w, sigma_w), (reward_l, sigma_l) = reward_and_sigma(logits_w), reward_and_sigma(logits_l)
+    ordinal = logits_w.shape[1] > 1
+    log_p = (preference_logprob(logits_w, logits_l, "half") if ordinal
+             else torch.nn.functional.logsigmoid(reward_w - reward_l)).double()  # (N,)  # fmt: skip
+    n, right = len(rows), (reward_w > reward_l).double()
+    row = {
+        "pairs": n, "accuracy": right.mean().item(), "accuracy_se": (right.std() / math.sqrt(n)).item(),
+        "nll": -log_p.mean().item(), "nll_se": (log_p.std() / math.sqrt(n)).item(),
+        "calibration_error": calibration_error(log_p.exp()),
+    }  # fmt: skip
+    if ordinal:
+        row["tie_mass"] = (logits_w.softmax(-1) * logits_l.softmax(-1)).sum(-1).mean().item()
+        row["sigma"] = torch.cat([sigma_w, sigma_l]).mean().item()
+    if ratings is not None:
+        kept = [rating for pair, rating in zip(pairs, ratings) if encode([pair])]
+        rating = torch.tensor(kept).double()  # (N, 2)
+        truth, reward = rating.T.flatten(), torch.cat([reward_w, reward_l]).double()  # (2N,)
+        row["spearman"] = spearman(reward, truth)
+        if ordinal:
+            error = (reward - truth).abs()
+            row["sigma_error_correlation"] = spearman(torch.cat([sigma_w, sigma_l]).double(), error)
+    return row
+
+
+@one_line_errors
+def main(argv=None):
+    options = parse_options(QualityOptions, argv)
+    device = resolve_device(options)
+    log = RunLog("reward_models", options)
+    train_rm.prepare_inputs([options.data], options.reward_models)
+    pairs, ratings = load_rated_pairs(options.data)
+    judges = {name: load_judge(name, device) for name in options.reward_models}
+    for name, judge in judges.items():
+        if not isinstance(judge, RewardModel):
+            raise UserError(f"--reward-models {name}: a function has no probabilities; name a trained model")
+    rows = [{"reward_model": name, **measure(judge, pairs, ratings, options.max_length)}
+            for name, judge in judges.items()]  # fmt: skip
+    log.begin()
+    names = [name for name in max(rows, key=len) if not name.endswith("_se")]
+    table = format_table(rows, names)
+    print("\n" + table + "\n")
+    (log.folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    log.finish(rows=rows)
+
+
+if __name__ == "__main__":
+    main()

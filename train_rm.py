@@ -4,7 +4,7 @@
     python train_rm.py --head ordinal --ties half
     python train_rm.py --data pairs.jsonl --base openai-community/gpt2 --lora-r 16 --out runs/rm
 
-The base is any model that transformers can put a classification head on. Its answers are read as the policy writes
+The base is any model that transformers can put a classification head on. Answers are read as the policy writes
 them: training and scoring tokenise by the same function, reward_model.encode_answer.
 """
 
@@ -49,8 +49,8 @@ class RewardModelOptions(LoRAOptions):
     warmup_steps: int = option(10, "optimizer steps of linear warm-up", low=0)
     weight_decay: float = option(0.0, "AdamW weight decay", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", low=0)
-    center_coefficient: float = option(0.01, "c of the centering term c (r_w + r_l)²; of E − (K+1)/2 for ratings; "
-                                             "0 leaves it out", low=0)  # fmt: skip
+    center_coefficient: float = option(0.01, "c of the centering term: c (r_w + r_l)², for ratings "
+                                             "c (E_w + E_l − 11)²; 0 leaves it out", low=0)  # fmt: skip
     max_length: int = option(512, "tokens; longer pairs are dropped, longer labelled texts keep their beginning", low=8)
     eval_every: int = option(50, "optimizer steps between validations", low=1)
     keep: str = option(
@@ -185,6 +185,10 @@ def prepare_inputs(files, models):
 def main(argv=None):
     options = parse_options(RewardModelOptions, argv)
     device = resolve_device(options)
+    if options.ties != "strict" and options.head == "scalar":
+        raise UserError("--ties goes with --head ordinal only; leave one of them out")
+    if options.lora_dropout and not options.lora_r:
+        raise UserError("--lora-dropout goes with LoRA only; set --lora-r, or leave it out")
     if options.margin and options.head == "ordinal":
         raise UserError("--margin goes with --head scalar only; leave one of them out")
     log = RunLog("rm", options)

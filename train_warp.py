@@ -2,9 +2,9 @@
 
     python train_warp.py --lr 1e-4                          # the embedded world: offline, two minutes on two cores
 
-This file is Algorithm 1 and nothing else: the mathematics is in rlhf_min/reinforce.py and rlhf_min/warp.py. The policy
-gradient is REINFORCE with a moving-average baseline (Back to Basics, 2402.14740), the M runs of an iteration come one
-after the other, and learning rate, batch and T are a student report's. README.md numbers all departures from the paper.
+train_policy and train_warp are Algorithm 1; the mathematics is in rlhf_min/reinforce.py and rlhf_min/warp.py. The
+policy gradient is REINFORCE with a moving-average baseline (Back to Basics, 2402.14740), the M runs of an iteration
+come one after the other, and learning rate, batch and T are a student report's. README.md numbers all departures.
 """
 
 from dataclasses import dataclass
@@ -94,9 +94,10 @@ def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, l
 
         kl = kl_estimate(logprobs.detach(), sft_logprobs, rollout.mask)  # (B,), noisy; the tables have prefix_kl
         log.step(**{
-            "iteration": iteration, "run": run, "step": step, "reward": reward.mean().item(),
-            "reward_std": reward.std(correction=0).item(), "sigma": sigma.mean().item(), "kl": kl.mean().item(),
-            "anchor_kl": anchor_kl.mean().item(), "baseline": b, "advantage": advantage.mean().item(),
+            "iteration": iteration, "run": run,
+            "step": step, "reward": reward.mean().item(), "reward_std": reward.std(correction=0).item(),
+            "sigma": sigma.mean().item(), "kl": kl.mean().item(), "anchor_kl": anchor_kl.mean().item(),
+            "baseline": b, "advantage": advantage.mean().item(),
             "entropy": -logprobs.detach()[rollout.mask].mean().item(),  # per token; kl is per answer
             "completions/mean_length": rollout.mask.sum(-1).float().mean().item(),
             "completions/clipped_ratio": 1 - rollout.ended.float().mean().item(),

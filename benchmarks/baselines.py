@@ -14,6 +14,7 @@ and RLOO sees N/k prompts instead of N. First all seven baselines at the fixed p
 the gradient of one step. Then training with the same number of answers, a run per seed.
 """
 
+import dataclasses
 import math
 import sys
 from dataclasses import dataclass
@@ -126,17 +127,17 @@ def variance_table(gradients, reference, spread):
 
 def train_at_equal_sequences(policy, tokenizer, judges, prompts, eval_prompts, options, log):
     """A row per way to train: the mean reward of all steps, and what the policy is worth at the end, ± over seeds."""
-    sft, ways, rows = get_weights(policy), {"moving average, k = 1": (1, "moving-average")}, []
-    ways |= {f"RLOO, k = {k}": (k, "leave-one-out") for k in (2, 4)}
-    ways |= {"moving average, k = 4": (4, "moving-average")}
+    ways = {"moving average, k = 1": (1, "moving-average"), "RLOO, k = 2": (2, "leave-one-out"),
+            "RLOO, k = 4": (4, "leave-one-out"), "moving average, k = 4": (4, "moving-average")}  # fmt: skip
+    sft, rows = get_weights(policy), []
     for name, (k, baseline) in ways.items():
         results = []
         for seed in range(1, options.seeds + 1):
-            options.num_generations, options.baseline, options.seed = k, baseline, seed
+            run_options = dataclasses.replace(options, num_generations=k, baseline=baseline, seed=seed)
             set_weights(policy, sft)
             done = len(log.metrics())
-            train_reinforce.train_policy(policy, tokenizer, judges["reward"], prompts, sft, options, log)
-            columns = judge_policy(policy, tokenizer, eval_prompts, judges, options, policy, sft)
+            train_reinforce.train_policy(policy, tokenizer, judges["reward"], prompts, sft, run_options, log)
+            columns = judge_policy(policy, tokenizer, eval_prompts, judges, run_options, policy, sft)
             result = {judge: mean_se(columns[judge])[0] for judge in [*judges, "kl"]}
             steps = [row["reward"] for row in log.metrics()[done:]]
             results.append({"reward over training": mean_se(steps)[0], **result})
@@ -154,11 +155,13 @@ def main(argv=None):
     for name in ("sequences", "batch_size"):
         if getattr(options, name) % 4:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be a multiple of 4")
+    if options.baseline != "moving-average" or options.num_generations != 1:
+        raise UserError("--baseline, --num-generations: the comparison sets them itself; leave them out")
     if options.lora_r:
         raise UserError("--lora-r: the baselines are compared on all weights; leave it out")
     log = RunLog("baselines", options)
     train_rm.prepare_inputs([options.prompts], [options.policy, options.reward_model])
-    options.judges = options.judges or toy.JUDGES
+    options.judges = options.judges or toy.JUDGES  # for begun reviews, too, which are another file of the same world
     policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
     log.begin()
     gradients, reference, spread = measure_gradients(policy, tokenizer, judges["reward"], prompts, options, log)

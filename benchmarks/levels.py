@@ -8,7 +8,7 @@ models judge each other's policies in z-scores. The arms of level 2, each with s
 
     off          A = R − b
     advantage    A = (R − b) f(σ),  f = 1/(1+σ), the report's; biased
-    constant     A = (R − b) mean f, the same step size without σ
+    constant     A = (R − b) mean f: no σ. Adam divides a constant factor out again, but for clipping and ε
     penalty      r' = r − λσ before KL and baseline; unbiased, of another objective
     folded       r' = r f(σ) before KL and baseline; likewise
     shrunk       r' = r mean f, what folding does to the reward's weight against β, without σ
@@ -16,6 +16,7 @@ models judge each other's policies in z-scores. The arms of level 2, each with s
 Every seed has reward models, policies and samples of its own.
 """
 
+import dataclasses
 import math
 import sys
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class LevelOptions(train_reinforce.ReinforceOptions):
     """Train reward models of both levels and a policy for every arm, and compare them."""
 
     seeds: int = option(4, "repetitions", low=1)
-    arms: list = option(ARMS, "arms of level 2, the first of them off, with which the others are compared")
+    arms: list = option(ARMS, f"arms of level 2: off, then any of {', '.join(ARMS[1:])} (default: all)")
     match_kl: float = option(1.0, "nats of KL at which the policies are compared", low=0.01)
 
 
@@ -57,37 +58,37 @@ def arm_settings(arm, judge, answers, options):
     The constant is the mean of f(σ) over π_sft's `answers`: prompts, completions, ended.
     """
     f = sigma_weight(judge(*answers)[1]).mean().item()
-    scaled = lambda *inputs: (f * judge(*inputs)[0], judge(*inputs)[1])
+    scaled, folded = reweighted(judge, lambda _: f), reweighted(judge, sigma_weight)
     return {
         "off": (judge, "off", options.beta), "advantage": (judge, "advantage", options.beta),
         "constant": (scaled, "off", f * options.beta), "penalty": (judge, "penalty", options.beta),
-        "folded": (folded(judge), "off", options.beta), "shrunk": (scaled, "off", options.beta),
+        "folded": (folded, "off", options.beta), "shrunk": (scaled, "off", options.beta),
     }[arm]  # fmt: skip
 
 
-def folded(judge):
-    """A judge whose reward is r f(σ)."""
+def reweighted(judge, weight):
+    """A judge whose reward is r · weight(σ)."""
 
-    def reward(*inputs):
-        mean, sigma = judge(*inputs)
-        return mean * sigma_weight(sigma), sigma
+    def reweighted_judge(*inputs):
+        reward, sigma = judge(*inputs)
+        return reward * weight(sigma), sigma
 
-    return reward
+    return reweighted_judge
 
 
 def compare_arms(seed, models, judges, prompts, eval_prompts, options, log):
     """Train and judge every arm at one seed: {(arm, at): row}, `at` the end of training or matched KL."""
     policy, reference, tokenizer = models
-    sft, beta, options.seed = get_weights(reference), options.beta, seed
+    sft, options = get_weights(reference), dataclasses.replace(options, seed=seed)
     judges = {**{head: judges[f"{head}{seed}"] for head in HEADS}, "gold": judges["gold"], "fluency": judges["fluency"]}
     before = judge_policy(reference, tokenizer, eval_prompts, judges, options)
+    answers = before["prompt"], before["completion"], before["ended"]
     rows, level_1, off = {}, {}, {}
     for head, arm in [("scalar", "off"), *((head, arm) for head in ("strict", "half") for arm in options.arms)]:
-        options.beta = beta
         set_weights(policy, sft)
-        answers = before["prompt"], before["completion"], before["ended"]
-        reward_model, options.sigma, options.beta = arm_settings(arm, judges[head], answers, options)
-        train_reinforce.train_policy(policy, tokenizer, reward_model, prompts, sft, options, log)
+        reward_model, sigma, beta = arm_settings(arm, judges[head], answers, options)
+        arm_options = dataclasses.replace(options, sigma=sigma, beta=beta)
+        train_reinforce.train_policy(policy, tokenizer, reward_model, prompts, sft, arm_options, log)
         for at, kl in (("end", math.inf), ("matched", options.match_kl)):
             eta = match_kl(policy, tokenizer, eval_prompts, options, reference, kl)
             columns = judge_policy(policy, tokenizer, eval_prompts, judges, options, reference)
@@ -101,7 +102,6 @@ def compare_arms(seed, models, judges, prompts, eval_prompts, options, log):
             row["win_rate_level_1"] = win_rate(columns["gold"], level_1[at])
             row["gold_minus_off"] = row["gold"] - off[at]  # paired: the same seed, prompts and reward model
             rows[f"{head}, {arm}", at] = row
-    options.beta, options.sigma = beta, "off"
     return rows
 
 
@@ -120,8 +120,11 @@ def main(argv=None):
     device = resolve_device(options)
     if options.arms[:1] != ["off"] or set(options.arms) - set(ARMS):
         raise UserError(f"--arms are off, and then any of {', '.join(ARMS[1:])}")
-    if options.lora_r or options.missing_eos_penalty:
-        raise UserError("the arms train all weights, without an EOS penalty; leave out --lora-r, --missing-eos-penalty")
+    default = LevelOptions()
+    for name in ("lora_r", "missing_eos_penalty", "policy", "prompts", "reward_model", "judges", "sigma", "seed",
+                 "baseline", "num_generations"):  # fmt: skip
+        if getattr(options, name) != getattr(default, name):
+            raise UserError(f"--{name.replace('_', '-')}: the comparison sets it itself; leave it out")
     log = RunLog("levels", options)
     train_rm.prepare_inputs([options.prompts, toy.EVAL_PAIRS], [options.policy, options.reward_model])
     policy, tokenizer, _, prompts, eval_prompts = load_inputs(options, device)
@@ -133,7 +136,19 @@ def main(argv=None):
     for seed in range(1, options.seeds + 1):
         for head, flags in HEADS.items():
             folder = str(log.folder / f"{head}{seed}")
-            train_rm.main([*flags, "--seed", str(seed), "--out", folder])
+            train_rm.main(
+                [
+                    *flags,
+                    "--seed",
+                    str(seed),
+                    "--out",
+                    folder,
+                    "--device",
+                    options.device,
+                    "--precision",
+                    options.precision,
+                ]
+            )
         judges = load_judges([f"{log.folder}/{head}{seed}" for head in HEADS] + toy.JUDGES, device)
         for head in HEADS:
             quality[head].append(measure(judges[f"{head}{seed}"], pairs, ratings))

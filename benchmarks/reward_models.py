@@ -30,7 +30,8 @@ from rlhf_min.runlog import RunLog
 class QualityOptions(RunOptions):
     """Measure reward models on pairs that they were not trained on."""
 
-    reward_models: list = option([toy.REWARD_MODEL, toy.ORDINAL_REWARD_MODEL], "reward models to measure")
+    reward_models: list = option([toy.REWARD_MODEL, toy.ORDINAL_REWARD_MODEL], "reward models to measure "
+                                 "(default: both of the embedded world)")  # fmt: skip
     data: str = option(toy.EVAL_PAIRS, "pairs; with the fields chosen_rating and rejected_rating also rank agreement")
     max_length: int = option(512, "tokens; longer pairs are left out", low=8)
 
@@ -39,9 +40,9 @@ def load_rated_pairs(source):
     """Pairs and their ratings [(chosen, rejected)], or None where the data have none."""
     pairs, _ = load_pairs(source)
     rows = [row for _, row in read_rows(source)]
-    rated = all("chosen_rating" in row for row in rows)
-    if rated and not all(isinstance(row.get("rejected_rating"), int | float) for row in rows):
-        raise UserError(f"{source}: beside chosen_rating every row needs a number rejected_rating")
+    rated, keys = all("chosen_rating" in row for row in rows), ("chosen_rating", "rejected_rating")
+    if rated and not all(isinstance(row.get(key), int | float) for row in rows for key in keys):
+        raise UserError(f"{source}: chosen_rating and rejected_rating must be numbers in every row")
     return pairs, [(row["chosen_rating"], row["rejected_rating"]) for row in rows] if rated else None
 
 
@@ -87,8 +88,9 @@ def measure(judge, pairs, ratings, max_length=512):
         rating = torch.tensor(kept).double()  # (N, 2)
         truth, reward = rating.T.flatten(), torch.cat([reward_w, reward_l]).double()  # (2N,)
         row["spearman"] = spearman(reward, truth)
-        if ordinal:
-            error = (reward - truth).abs()
+        if ordinal:  # E is free up to its order, and ratings have units of their own, so errors are of standard scores
+            standard = lambda x: (x - x.mean()) / x.std()
+            error = (standard(reward) - standard(truth)).abs()  # (2N,)
             row["sigma_error_correlation"] = spearman(torch.cat([sigma_w, sigma_l]).double(), error)
     return row
 

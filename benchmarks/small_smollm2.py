@@ -3,8 +3,8 @@
     python benchmarks/small_smollm2.py --data data/hh_helpful/train.jsonl.gz --out runs/helpsteer2/policy
 
 SmolLM2-135M is 30 blocks of width 576, of 9 heads of 64 (3 for keys and values), tied embeddings, a vocabulary of
-49,152. This one has fewer blocks and heads and learns from a few thousand chosen answers, so it speaks in the format of
-a chat, and hardly in sentences. It is there to run everything that the real one would.
+49,152. This one has fewer blocks and heads and reads two thousand conversations, so it speaks in the format of a chat,
+and hardly in sentences. It is there to run everything that the real one would.
 """
 
 import sys
@@ -34,7 +34,7 @@ class SmallOptions(RunOptions):
     tokenizer: str = option("data/tokenizers/smollm2", "folder of SmolLM2's tokenizer")
     layers: int = option(4, "transformer blocks", low=1)
     heads: int = option(2, "query heads of 64 dimensions, which share one key and value head", low=1)
-    max_length: int = option(96, "tokens of a conversation that are read", low=8)
+    max_length: int = option(96, "tokens of a conversation that are read: its last ones", low=8)
     epochs: int = option(1, "passes over the conversations", low=1)
     batch_size: int = option(16, "conversations a step", low=1)
     lr: float = option(2e-3, "AdamW learning rate after a warm-up of 5 %, decayed to 0", low=0)

@@ -118,6 +118,9 @@ def match_kl(policy, tokenizer, prompts, options, reference, target, halvings=10
         set_weights(policy, interpolate(start, end, eta))
         return mean_se(judge_policy(policy, tokenizer, prompts, {}, options, reference)["kl"])[0]
 
+    if kl_at(0.0) > 0:  # the same shapes, but e.g. another number of heads
+        set_weights(policy, end)
+        raise UserError("--match-kl needs policies of one architecture")
     low, high = 0.0, 1.0
     if kl_at(high) <= target:
         return high

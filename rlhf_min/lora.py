@@ -29,7 +29,7 @@ PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 
 @dataclass
 class LoRAOptions(RunOptions):
-    """What every training script has."""
+    """LoRA, for what trains a reward model or a policy."""
 
     lora_r: int = option(0, "rank r of LoRA's adapters; 0 trains all weights", low=0)
     lora_alpha: float = option(32.0, "α: the update is scaled by α/r", low=0)
@@ -79,7 +79,7 @@ def lora_layers(model):
 
 
 def add_lora(model, r, alpha, dropout=0.0, target_modules=None):
-    """Give an adapter of rank r to every module whose name ends in one of `target_modules`, and freeze the rest.
+    """Give an adapter of rank r to every module whose last name is one of `target_modules`, and freeze the rest.
 
     In place; a classifier's head goes on training, and TARGETS are the modules by default. The model computes what it
     did before. Returns the model. Raises UserError where a name fits no linear module.
@@ -111,7 +111,10 @@ def _replace(model, name, module):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Put W + ΔW in W's place and take the adapters away, in place: the plain model again. Returns the model."""
+    """Put W + ΔW in W's place and take the adapters away, in place: the plain model, of which all weights train again.
+
+    Returns the model.
+    """
     for name, layer in lora_layers(model).items():
         n_in, n_out = layer.lora_A.shape[1], layer.lora_B.shape[0]
         plain = Conv1D(n_out, n_in) if layer.transposed else nn.Linear(n_in, n_out)
@@ -141,10 +144,11 @@ def reset_lora(model, generator):
 
 @torch.no_grad()
 def set_difference(model, start, end, rank):
-    """Set W to `start` and the adapters to the best A, B of rank `rank` with W + B A = `end`; exact up to that rank.
+    """Set W to `start` and the adapters to A, B of rank `rank` with W + B A = `end`; exact if ΔW has no higher rank.
 
-    ΔW = U Σ Vᵀ (singular values in float64), B = U √Σ, A = √Σ Vᵀ. What WARP adds to θ_sft is a sum of I·M adapters of
-    rank r, so with rank = I·M·r this is its result. start, end: {name: W} as from models.dense_weights.
+    ΔW = U Σ Vᵀ (singular values in float64), B = U √Σ, A = √Σ Vᵀ. Merging and interpolating M adapters of rank r gives
+    one of rank M·r, and each of WARP's I iterations adds as much, so with rank = I·M·r this is its result. start, end:
+    {name: W} as from models.dense_weights.
     """
     for name, layer in lora_layers(model).items():
         layer.weight.copy_(start[f"{name}.weight"])

@@ -69,10 +69,9 @@ def _load(auto_class, name, **kwargs):
 
 def load_tokenizer(name):
     """The tokenizer beside a model. It must have an EOS or a pad token; a missing pad token becomes EOS."""
-    adapter = find_model(name)
-    has_none = _is_adapter(adapter) and not Path(adapter, "tokenizer_config.json").is_file()
-    if has_none:
-        return load_tokenizer(_base_of(adapter))
+    folder = find_model(name)
+    if _is_adapter(folder) and not Path(folder, "tokenizer_config.json").is_file():
+        return load_tokenizer(_base_of(folder))
     tokenizer = _load(AutoTokenizer, name)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:

@@ -51,10 +51,12 @@ def leave_one_out(rewards):
 
 
 def sigma_weight(sigma):
-    """f(σ) = 1 / (1 + σ), the REINFORCE report's weight of the advantage: smaller steps where the judge is unsure.
+    """f(σ) = 1 / (1 + σ), the REINFORCE report's weight of the advantage: less of it where the judge is unsure.
 
     The step (R − b) f(σ) ∇ log π has the expectation ∇E[f R] − b ∇E[f]: it is biased, and by how much depends on b.
-    Folded into the reward before KL and baseline, as r − λσ or r f(σ), σ makes another objective, without bias.
+    Folded into the reward before KL and baseline, as r − λσ or r f(σ), σ makes another objective, without bias; r f(σ)
+    depends on where r has its zero: with ratings 1..10 it pays for certainty, even of a bad answer. A factor that is
+    the same for all answers does nothing to Adam, which divides by the gradient's size.
     sigma: (B,) → (B,), in (0, 1].
     """
     return 1 / (1 + sigma)

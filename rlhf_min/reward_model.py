@@ -24,16 +24,16 @@ def encode_answer(tokenizer, prompt, completion, ended=True, max_length=None, ke
     own chat template. Longer than `max_length` loses tokens of its beginning, so that the answer stays (`keep="end"`),
     or of its end (`keep="start"`), and then has not ended.
     """
-    special = isinstance(prompt, str)
-    if special:
+    plain = isinstance(prompt, str)
+    if plain:
         text = prompt + completion
     elif ended:
         text = apply_chat_template(tokenizer, [*prompt, {"role": "assistant", "content": completion}])
     else:
         text = apply_chat_template(tokenizer, prompt, add_generation_prompt=True) + completion
-    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=plain)["input_ids"]
     eos = tokenizer.eos_token_id
-    if special and ended and eos is not None and (not ids or ids[-1] != eos):
+    if plain and ended and eos is not None and (not ids or ids[-1] != eos):
         ids = [*ids, eos]
     if max_length is None or len(ids) <= max_length:
         return ids
@@ -71,6 +71,7 @@ class RewardModel:
     def __init__(self, model, tokenizer, max_length=512, batch_size=64):
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.max_length = min(max_length, context_length(model))
+        self.has_sigma = model.config.num_labels > 1
 
     def __call__(self, prompts, completions, ended):
         """B prompts (text or messages), B answers as text, ended (B,) → reward (B,), sigma (B,), float32."""
@@ -94,6 +95,8 @@ class RewardModel:
 class RewardFunction:
     """A function f(prompts, completions, **columns) -> list[float] as a judge."""
 
+    has_sigma = False
+
     def __init__(self, function, name, device):
         self.function, self.name, self.device = function, name, device
 
@@ -114,7 +117,7 @@ class RewardFunction:
 
 
 def load_judge(spec, device):
-    """A judge by name: a run folder, a transformers folder, a hub name, or package.module.function."""
+    """A judge by name: a run folder, a transformers folder, an adapter, a hub name, or package.module.function."""
     if not Path(spec).exists() and "/" not in spec and "." in spec:
         return RewardFunction(_import_function(spec), spec, device)
     model, tokenizer = load_classifier(spec, device)

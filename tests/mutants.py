@@ -137,6 +137,12 @@ MUTANTS = [
     ("lora", '"use_dora", "use_rslora"', '"use_dora"'),
     ("lora", "            layer.lora_A.copy_(a)\n", ""),
     ("lora", "        parameters[name].copy_(tensor)\n", ""),
+    ("evaluation", "set_weights(policy, interpolate(start, end, high))", "pass"),
+    ("evaluation", "low, high = 0.0, 1.0", "low, high = 0.0, 2.0"),
+    ("evaluation", "if kl_at(high) <= target:", "if False:"),
+    ("evaluation", "error * math.sqrt(len(reference))", "error"),
+    ("evaluation", "(mean_se(values)[0] - mean) /", "(mean - mean_se(values)[0]) /"),
+    ("evaluation", "with lora_disabled(reference):", "with lora_disabled(policy):"),
 ]  # fmt: skip
 
 

@@ -114,8 +114,9 @@ def test_an_ordinal_reward_model_is_measured(tiny_tokenizer):
     assert row["calibration_error"] == pytest.approx((0 + 0.25 + 0.5) / 3, abs=1e-6)
     assert row["tie_mass"] == pytest.approx((0 + 0.5 + 0) / 3)
     assert row["sigma"] == pytest.approx((0 + 2 + 0 + 2 + 0 + 2) / 6)
-    # |E − rating| of a b c, b c d: 0 1 0, 0 0 2; σ is 2 where the last two errors are, and at one right rating
-    assert row["sigma_error_correlation"] == pytest.approx(spearman(tensor(0, 2, 0, 2, 0, 2), tensor(0, 1, 0, 0, 0, 2)))
+    # E of a b c, b c d is 9 6 4, 6 4 4 with mean 5.5, the ratings 9 5 4, 6 4 2 with mean 5; sums of squares 19.5 and 28
+    e, rating = (tensor(9, 6, 4, 6, 4, 4) - 5.5) / 19.5**0.5, (tensor(9, 5, 4, 6, 4, 2) - 5) / 28**0.5
+    assert row["sigma_error_correlation"] == pytest.approx(spearman(tensor(0, 2, 0, 2, 0, 2), (e - rating).abs()))
     assert row["spearman"] == pytest.approx(spearman(tensor(9, 6, 4, 6, 4, 4), tensor(9, 5, 4, 6, 4, 2)))
 
 
@@ -389,7 +390,7 @@ BAD = {
     "policy as reward model": (reward_models, ["--reward-models", toy.POLICY], "no sequence classifier"),
     "missing prompts": (baselines, ["--prompts", "none.jsonl"], "none.jsonl: no such file"),
     "one batch": (baselines, ["--batches", "1"], "--batches must be at least 2"),
-    "missing policy": (levels, ["--policy", "nowhere"], "nowhere: no such folder"),
+    "another policy": (levels, ["--policy", "nowhere"], "--policy: the comparison sets it itself"),
     "unknown arm": (levels, ["--arms", "off", "weight"], "--arms"),
     "arms that nothing is compared with": (levels, ["--arms", "advantage"], "--arms are off, and then"),
     "adapters of the arms": (levels, ["--lora-r", "2"], "--lora-r"),

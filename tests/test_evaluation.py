@@ -371,7 +371,7 @@ def test_fewer_halvings_are_a_coarser_grid(two_policies, tiny_tokenizer):
     assert kl_at(eta, two_policies, tiny_tokenizer, start, end) >= target
 
 
-@pytest.mark.parametrize("change", [{"n_layer": 1}, {"n_embd": 32}])
+@pytest.mark.parametrize("change", [{"n_layer": 1}, {"n_embd": 32}, {"n_head": 1}])
 def test_match_kl_needs_one_architecture(two_policies, tiny_tokenizer, change):
     """Weights of other names or shapes cannot be interpolated: one sentence, and the policy is left alone."""
     policy, reference = two_policies

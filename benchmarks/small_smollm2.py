@@ -16,12 +16,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rlhf_min.data import batches, load_pairs
+from rlhf_min.data import load_pairs
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.models import save_model
 from rlhf_min.options import RunOptions, option, parse_options
-from rlhf_min.precision import Optimizer, autocast, resolve_device
-from rlhf_min.pretrain import language_model_loss
+from rlhf_min.precision import resolve_device
+from rlhf_min.pretrain import train_language_model
 from rlhf_min.reward_model import encode_answer
 from rlhf_min.runlog import RunLog
 
@@ -38,6 +38,7 @@ class SmallOptions(RunOptions):
     epochs: int = option(1, "passes over the conversations", low=1)
     batch_size: int = option(16, "conversations a step", low=1)
     lr: float = option(2e-3, "AdamW learning rate after a warm-up of 5 %, decayed to 0", low=0)
+    weight_decay: float = option(0.0, "AdamW weight decay", low=0)
     seed: int = option(28, "seed of the initial weights and of the order", low=0)
 
 
@@ -61,19 +62,10 @@ def main(argv=None):
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(device)
-    steps = max(1, options.epochs * len(rows) // options.batch_size)
-    optimizer = Optimizer(model.parameters(), options.lr, device, options.precision, warmup_steps=steps // 20,
-                          decay_steps=steps)  # fmt: skip
-    stream = batches(rows, options.batch_size, torch.Generator().manual_seed(options.seed))
-    for step in log.progress(range(1, steps + 1), "language model"):
-        with autocast(device, options.precision):
-            loss = language_model_loss(model, next(stream), tokenizer.pad_token_id, device)
-        optimizer.backward(loss)
-        grad_norm, _ = optimizer.step()
-        log.step(step=step, loss=loss.item(), grad_norm=grad_norm, learning_rate=optimizer.lr)
+    steps, loss = train_language_model(model, rows, tokenizer.pad_token_id, options, log)
     save_model(model.eval(), tokenizer, log.folder / "model")
     log.finish(conversations=len(rows), steps=steps, parameters=sum(p.numel() for p in model.parameters()),
-               loss=loss.item())  # fmt: skip
+               loss=loss)  # fmt: skip
 
 
 if __name__ == "__main__":

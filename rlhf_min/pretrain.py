@@ -70,6 +70,21 @@ def language_model_loss(model, texts, pad_token_id, device):
     return torch.nn.functional.cross_entropy(logits.float(), tokens[:, 1:][is_target])
 
 
+def train_language_model(model, rows, pad_token_id, options, log):
+    """`options.epochs` passes over the token lists, in place; returns the number of steps and the last loss."""
+    steps = max(1, options.epochs * len(rows) // options.batch_size)
+    optimizer = Optimizer(model.parameters(), options.lr, model.device, options.precision, warmup_steps=steps // 20,
+                          decay_steps=steps, weight_decay=options.weight_decay)  # fmt: skip
+    stream = batches(rows, options.batch_size, torch.Generator().manual_seed(options.seed))
+    for step in log.progress(range(1, steps + 1), "language model"):
+        with autocast(model.device, options.precision):
+            loss = language_model_loss(model, next(stream), pad_token_id, model.device)
+        optimizer.backward(loss)
+        grad_norm, _ = optimizer.step()
+        log.step(step=step, loss=loss.item(), grad_norm=grad_norm, learning_rate=optimizer.lr)
+    return steps, loss.item()
+
+
 @one_line_errors
 def main(argv=None):
     options = parse_options(PretrainOptions, argv)
@@ -86,19 +101,10 @@ def main(argv=None):
     # a last piece of one token would have no target, hence - 1
     rows = [row[i : i + options.max_length] for row in rows for i in range(0, len(row) - 1, options.max_length)]
     model = build_model(tokenizer, options.layers, options.width, options.max_length).to(device)
-    steps = max(1, options.epochs * len(rows) // options.batch_size)
-    optimizer = Optimizer(model.parameters(), options.lr, device, options.precision, warmup_steps=steps // 20,
-                          decay_steps=steps, weight_decay=options.weight_decay)  # fmt: skip
-    stream = batches(rows, options.batch_size, torch.Generator().manual_seed(options.seed))
-    for step in log.progress(range(1, steps + 1), "pretrain"):
-        with autocast(device, options.precision):
-            loss = language_model_loss(model, next(stream), tokenizer.pad_token_id, device)
-        optimizer.backward(loss)
-        grad_norm, _ = optimizer.step()
-        log.step(step=step, loss=loss.item(), grad_norm=grad_norm, learning_rate=optimizer.lr)
+    steps, loss = train_language_model(model, rows, tokenizer.pad_token_id, options, log)
     save_model(model.eval(), tokenizer, log.folder / "model")
     parameters = sum(p.numel() for p in model.parameters())
-    log.finish(texts=len(texts), sequences=len(rows), steps=steps, parameters=parameters, loss=loss.item())
+    log.finish(texts=len(texts), sequences=len(rows), steps=steps, parameters=parameters, loss=loss)
 
 
 if __name__ == "__main__":

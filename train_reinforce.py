@@ -42,7 +42,7 @@ class ReinforceOptions(PolicyOptions):
     baseline: str = option("moving-average", "b: mean of all past shaped rewards, or of the k − 1 other answers (RLOO)",
                            choices=["moving-average", "leave-one-out"])  # fmt: skip
     beta: float = option(0.05, "β: weight of the KL to π_sft in the reward", low=0)
-    sigma: str = option("off", "the judge's doubt: unused, f(σ) = 1/(1+σ) on the advantage, or R − λσ",
+    sigma: str = option("off", "the judge's doubt: unused, f(σ) = 1/(1+σ) on the advantage, or r − λσ",
                         choices=["off", "advantage", "penalty"])  # fmt: skip
     sigma_coefficient: float = option(1.0, "λ of --sigma penalty", low=0)
     missing_eos_penalty: float = option(0.0, "taken from the reward of an answer without EOS", low=0)
@@ -54,7 +54,7 @@ def train_policy(policy, tokenizer, reward_model, prompts, sft, options, log):
     optimizer = Optimizer(policy.parameters(), options.lr, policy.device, options.precision, options.warmup_steps,
                           max_grad_norm=options.max_grad_norm)  # fmt: skip
     k = options.num_generations
-    lam = options.sigma_coefficient if options.sigma == "penalty" else 0.0
+    sigma_coefficient = options.sigma_coefficient if options.sigma == "penalty" else 0.0
     weight = sigma_weight if options.sigma == "advantage" else torch.ones_like
     generator = torch.Generator().manual_seed(options.seed)
     stream = batches(prompts, options.batch_size // k, generator)
@@ -78,7 +78,7 @@ def train_policy(policy, tokenizer, reward_model, prompts, sft, options, log):
 
         # R = r − λσ − β log[ π_θ(y|x) / π_sft(y|x) ] (and less without EOS),  A = (R − b) f(σ)
         kl = kl_estimate(logprobs.detach(), sft_logprobs, rollout.mask)  # (B,)
-        penalty = lam * sigma + options.missing_eos_penalty * ~rollout.ended  # (B,)
+        penalty = sigma_coefficient * sigma + options.missing_eos_penalty * ~rollout.ended  # (B,)
         shaped = shaped_reward(reward - penalty, kl, options.beta)  # (B,)
         rloo = options.baseline == "leave-one-out"
         b = shaped - leave_one_out(shaped.view(-1, k)).flatten() if rloo else baseline.value  # (B,), or one number

@@ -17,7 +17,7 @@ import torch
 from rlhf_min import toy
 from rlhf_min.data import batches, check_source, load_pairs, pad, shuffle
 from rlhf_min.errors import UserError, one_line_errors
-from rlhf_min.lora import LoRAOptions, add_lora, lora_layers, merge_lora, save_adapter
+from rlhf_min.lora import LoRAOptions, add_chosen_lora, lora_layers, merge_lora, save_adapter
 from rlhf_min.losses import ordinal_loss, pairwise_loss
 from rlhf_min.models import context_length, get_weights, load_classifier, save_model, set_weights
 from rlhf_min.options import option, parse_options
@@ -153,9 +153,7 @@ def load_base(options, device):
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = "right"
-    if options.lora_r:
-        targets = options.lora_target_modules
-        add_lora(model, options.lora_r, options.lora_alpha, options.lora_dropout, targets)
+    add_chosen_lora(model, options, options.lora_dropout)
     return model, tokenizer
 
 
@@ -187,8 +185,6 @@ def main(argv=None):
     device = resolve_device(options)
     if options.ties != "strict" and options.head == "scalar":
         raise UserError("--ties goes with --head ordinal only; leave one of them out")
-    if options.lora_dropout and not options.lora_r:
-        raise UserError("--lora-dropout goes with LoRA only; set --lora-r, or leave it out")
     if options.margin and options.head == "ordinal":
         raise UserError("--margin goes with --head scalar only; leave one of them out")
     log = RunLog("rm", options)

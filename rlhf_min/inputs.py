@@ -7,7 +7,7 @@ import torch
 from . import toy
 from .data import load_prompts, split_prompts
 from .evaluation import load_judges
-from .lora import LoRAOptions, add_lora
+from .lora import LoRAOptions, add_chosen_lora
 from .models import load_policy
 from .options import RunOptions, option
 
@@ -56,7 +56,6 @@ def load_inputs(options, device):
     prompts, eval_prompts = (read_prompts(file, tokenizer, options) for file in (options.prompts, options.eval_prompts))
     generator = torch.Generator().manual_seed(options.seed)
     prompts, eval_prompts = split_prompts(prompts, eval_prompts, options.num_eval_prompts, generator)
-    if options.lora_r:
-        torch.manual_seed(options.seed)
-        add_lora(policy, options.lora_r, options.lora_alpha, target_modules=options.lora_target_modules)
+    torch.manual_seed(options.seed)
+    add_chosen_lora(policy, options)
     return policy, tokenizer, judges, prompts, eval_prompts

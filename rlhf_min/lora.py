@@ -100,6 +100,15 @@ def add_lora(model, r, alpha, dropout=0.0, target_modules=None):
     return model
 
 
+def add_chosen_lora(model, options, dropout=0.0):
+    """add_lora as LoRAOptions say; with a rank of 0 the model stays as it is. Returns the model."""
+    if options.lora_r:
+        return add_lora(model, options.lora_r, options.lora_alpha, dropout, options.lora_target_modules)
+    if options.lora_target_modules or dropout:
+        raise UserError("--lora-target-modules and --lora-dropout go with LoRA only; set --lora-r or leave them out")
+    return model
+
+
 def _is_head(name):
     return any(part in HEADS for part in name.split("."))
 

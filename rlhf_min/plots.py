@@ -51,7 +51,7 @@ def plot_front(fronts, judge_names, path):
                            xerr=[row["kl_se"] for row in rows], yerr=[row[f"{name}_se"] for row in rows])  # fmt: skip
             for row in (rows[0], rows[-1]):
                 if "eta" in row:
-                    panel.annotate(f"η={row['eta']:g}", (row["kl"], row[name]), xytext=(4, -10),
+                    panel.annotate(f"η={row['eta']:.2g}", (row["kl"], row[name]), xytext=(4, -10),
                                    textcoords="offset points", fontsize=7)  # fmt: skip
         panel.set_xlabel("KL to SFT, nats per answer")
         panel.set_ylabel(name)

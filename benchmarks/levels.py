@@ -17,7 +17,6 @@ Every seed has reward models, policies and samples of its own.
 """
 
 import dataclasses
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +88,8 @@ def compare_arms(seed, models, judges, prompts, eval_prompts, options, log):
         reward_model, sigma, beta = arm_settings(arm, judges[head], answers, options)
         arm_options = dataclasses.replace(options, sigma=sigma, beta=beta)
         train_reinforce.train_policy(policy, tokenizer, reward_model, prompts, sft, arm_options, log)
-        for at, kl in (("end", math.inf), ("matched", options.match_kl)):
-            eta = match_kl(policy, tokenizer, eval_prompts, options, reference, kl)
+        for at, eta in (("end", 1.0), ("matched", None)):
+            eta = eta or match_kl(policy, tokenizer, eval_prompts, options, reference, options.match_kl)
             columns = judge_policy(policy, tokenizer, eval_prompts, judges, options, reference)
             level_1.setdefault(at, columns["gold"])  # the first arm's
             if arm == "off":
@@ -132,23 +131,12 @@ def main(argv=None):
     pairs, ratings = load_rated_pairs(toy.EVAL_PAIRS)
     log.begin()
 
+    machine = ["--device", options.device, "--precision", options.precision]
     quality, results = {head: [] for head in HEADS}, {}
     for seed in range(1, options.seeds + 1):
         for head, flags in HEADS.items():
             folder = str(log.folder / f"{head}{seed}")
-            train_rm.main(
-                [
-                    *flags,
-                    "--seed",
-                    str(seed),
-                    "--out",
-                    folder,
-                    "--device",
-                    options.device,
-                    "--precision",
-                    options.precision,
-                ]
-            )
+            train_rm.main([*flags, *machine, "--seed", str(seed), "--out", folder])
         judges = load_judges([f"{log.folder}/{head}{seed}" for head in HEADS] + toy.JUDGES, device)
         for head in HEADS:
             quality[head].append(measure(judges[f"{head}{seed}"], pairs, ratings))

@@ -20,7 +20,7 @@ class SamplingOptions(RunOptions):
     prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
     max_prompt_characters: int = option(0, "leave out longer prompts; 0 keeps all", low=0)
     judges: list = option([], "name=spec, spec a reward model or package.module.function, to judge the answers "
-                              "(the embedded world has gold and fluency)")  # fmt: skip
+                              "(the embedded world brings its own)")  # fmt: skip
     temperature: float = option(0.7, "of sampling and scoring: it belongs to the policy", low=0.01)
     max_length: int = option(64, "tokens of prompt and answer", low=2)
     batch_size: int = option(64, "answers at a time", low=1)

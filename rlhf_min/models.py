@@ -91,6 +91,7 @@ def load_policy(name, device, max_length):
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has no EOS token, so no answer could end; set eos_token in its config")
     model = _load_weights(AutoModelForCausalLM, name, tokenizer)
+    _check_vocabulary(name, model, tokenizer)
     if _is_classifier(model):
         raise UserError(f"{name} is a classifier, not a language model; name a policy")
     if max_length > context_length(model):
@@ -109,13 +110,14 @@ def _base_of(adapter):
 def _load_weights(auto_class, name, tokenizer, **config):
     source = find_model(name)
     if _is_adapter(source):
-        model = _load_adapted(auto_class, source, tokenizer, **config)
-    else:
-        model = _load(auto_class, name, dtype=torch.float32, use_safetensors=True, **config)
+        return _load_adapted(auto_class, source, tokenizer, **config)
+    return _load(auto_class, name, dtype=torch.float32, use_safetensors=True, **config)
+
+
+def _check_vocabulary(name, model, tokenizer):
     embedded = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embedded:
         raise UserError(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds {embedded}: no match")
-    return model
 
 
 def _load_adapted(auto_class, adapter, tokenizer, **config):
@@ -124,7 +126,7 @@ def _load_adapted(auto_class, adapter, tokenizer, **config):
     heads = [tensor for name, tensor in read_adapter(adapter)[1].items() if name in head_names]
     if heads and not config:
         config = _labels(len(heads[0]))
-    model = _load_weights(auto_class, _base_of(adapter), tokenizer=[], **config)
+    model = _load_weights(auto_class, _base_of(adapter), tokenizer, **config)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # train_rm.py may have added a pad token
         model.resize_token_embeddings(len(tokenizer))
     if heads:
@@ -161,6 +163,7 @@ def load_classifier(name, device, new_head=0):
         raise UserError(
             f"{name} is a {model.config.architectures}, no sequence classifier; train_rm.py makes one of it"
         )
+    _check_vocabulary(name, model, tokenizer)
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
     if len(labels) > 1 and labels != [str(k + 1) for k in range(len(labels))]:
         raise UserError(f"{name}: a classifier with the labels {', '.join(labels[:3])}, ...; a reward model has one "

@@ -7,38 +7,22 @@
 Without a flag: the embedded world's SFT policy against the newest WARP run.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-import torch
-
-import train_rm
 from rlhf_min import toy
-from rlhf_min.data import shuffle, without
+from rlhf_min.data import without
 from rlhf_min.errors import UserError, one_line_errors
-from rlhf_min.evaluation import (
-    format_table,
-    judge_policy,
-    load_judges,
-    match_kl,
-    paired_difference,
-    summarise,
-    sweep_front,
-    win_rate,
-    z_score,
-)
-from rlhf_min.inputs import SamplingOptions, read_prompts
-from rlhf_min.models import find_model, get_weights, load_policy
-from rlhf_min.options import option, parse_options
-from rlhf_min.plots import plot_front
-from rlhf_min.precision import resolve_device
-from rlhf_min.runlog import RunLog
+from rlhf_min.options import SamplingOptions, check_names, option, parse_options, refuse_mistakes
+from rlhf_min.sources import read_json
 
 
 @dataclass
 class EvaluateOptions(SamplingOptions):
     """Compare policies with the first one under judges, or sweep the fronts of WARP runs."""
+
+    script: ClassVar[str] = "evaluate.py"
 
     policies: list = option(
         [], "policies to compare: run folders, transformers folders or hub names; first = reference"
@@ -53,10 +37,56 @@ class EvaluateOptions(SamplingOptions):
         256, "prompts, drawn by --seed: with seed and number of a training run, those it held out", low=2
     )
 
+    def prompt_files(self):
+        return [self.prompts, self.exclude]
+
+    def check(self):
+        super().check()
+        if self.front and self.policies:
+            raise UserError("--front and --policies exclude each other; run evaluate.py twice")
+        if self.front and self.match_kl:
+            raise UserError("--match-kl goes with --policies; a front has all of its KLs")
+        check_names(models=[*self.policies, *map(sft_of, self.front)])
+
+
+def sft_of(run):
+    """The policy that a finished WARP run began with, which its run.json names."""
+    options = read_json(f"{run}/run.json").get("options") if Path(run, "run.json").is_file() else None
+    if not isinstance(options, dict) or "policy" not in options:
+        raise UserError(f"--front {run}: no run.json of a WARP run in it")
+    if not Path(run, "merged").is_dir():
+        raise UserError(f"--front {run}: no merged/ in it; did the run finish?")
+    return options["policy"]
+
+
+if __name__ == "__main__":
+    refuse_mistakes(EvaluateOptions)  # before torch and transformers take their seconds
+
+import torch
+
+import train_rm
+from rlhf_min.batches import shuffle
+from rlhf_min.evaluation import (
+    format_table,
+    judge_policy,
+    load_judges,
+    match_kl,
+    paired_difference,
+    summarise,
+    sweep_front,
+    win_rate,
+    z_score,
+)
+from rlhf_min.inputs import prompts_of
+from rlhf_min.models import get_weights, load_policy
+from rlhf_min.plots import plot_front
+from rlhf_min.precision import resolve_device
+from rlhf_min.runlog import RunLog
+
 
 def draw_prompts(tokenizer, options):
     """`num_prompts` prompts of the file; the same ones for every policy with the same tokenizer."""
-    prompts, excluded = (read_prompts(file, tokenizer, options) for file in (options.prompts, options.exclude))
+    prompts, excluded = (prompts_of(file, tokenizer, options) for file in options.prompt_files())
     prompts = without(prompts, excluded)
     if len(prompts) < options.num_prompts:
         raise UserError(
@@ -97,14 +127,8 @@ def compare(judges, options, device):
 
 
 def sweep(run, judges, options, device):
-    """The front of a WARP run, whose SFT policy its run.json names."""
-    try:
-        sft_name = json.loads(Path(run, "run.json").read_text())["options"]["policy"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--front {run}: no run.json of a WARP run in it") from None
-    if not Path(run, "merged").is_dir():
-        raise UserError(f"--front {run}: no merged/ in it; did the run finish?")
-    policy, tokenizer = load_policy(sft_name, device, options.max_length)
+    """The front of a WARP run."""
+    policy, tokenizer = load_policy(sft_of(run), device, options.max_length)
     sft = get_weights(policy)
     merged = get_weights(load_policy(f"{run}/merged", device, options.max_length)[0])
     prompts = draw_prompts(tokenizer, options)
@@ -122,19 +146,14 @@ def newest_warp_run():
 @one_line_errors
 def main(argv=None):
     options = parse_options(EvaluateOptions, argv)
+    options.check()
     device = resolve_device(options)
-    if options.front and options.policies:
-        raise UserError("--front and --policies exclude each other; run evaluate.py twice")
-    if options.front and options.match_kl:
-        raise UserError("--match-kl goes with --policies; a front has all of its KLs")
-    log = RunLog("evaluate", options)
+    log = RunLog(options)
     if not options.front and not options.policies:
         options.policies = [toy.POLICY, newest_warp_run()]
     judged_by_toy = [] if options.judges else [toy.REWARD_MODEL]
     options.judges = options.judges or [f"reward={toy.REWARD_MODEL}", *toy.JUDGES]
-    train_rm.prepare_inputs([options.prompts, options.exclude], [*options.policies, *judged_by_toy])
-    for name in options.policies:
-        find_model(name)
+    train_rm.prepare_inputs(options.prompt_files(), [*options.policies, *judged_by_toy])
     judges = load_judges(options.judges, device)
 
     if options.front:
@@ -143,13 +162,13 @@ def main(argv=None):
     else:
         rows = compare(judges, options, device)
         fronts = {row["policy"]: [row] for row in rows if row["kl"] == row["kl"]}  # KL is NaN across tokenizers
-    log.begin()
     names = [name for name in rows[-1] if not name.endswith(("_se", "_low", "_high"))]
     table = format_table(rows, names)
     print("\n" + table + "\n")
-    (log.folder / "table.md").write_text(table + "\n", encoding="utf-8")
-    plot_front(fronts, list(judges), log.folder / "front.png")
-    log.finish(rows=rows, prompts=options.num_prompts)
+    with log.running():
+        (log.folder / "table.md").write_text(table + "\n", encoding="utf-8")
+        plot_front(fronts, list(judges), log.folder / "front.png")
+        log.finish(rows=rows, prompts=options.num_prompts)
 
 
 if __name__ == "__main__":

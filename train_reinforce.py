@@ -8,17 +8,49 @@ most libraries, an answer's tokens share one advantage, a batch makes one step, 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from rlhf_min.errors import UserError, one_line_errors
+from rlhf_min.options import PolicyOptions, option, parse_options, refuse_mistakes
+
+
+@dataclass
+class ReinforceOptions(PolicyOptions):
+    """Train a policy with REINFORCE."""
+
+    script: ClassVar[str] = "train_reinforce.py"
+
+    steps: int = option(150, "T: optimizer steps", low=1)
+    num_generations: int = option(1, "k: answers to the same prompt; --batch-size counts answers", low=1)
+    baseline: str = option("moving-average", "b: mean of all past shaped rewards, or of the k − 1 other answers (RLOO)",
+                           choices=["moving-average", "leave-one-out"])  # fmt: skip
+    beta: float = option(0.05, "β: weight of the KL to π_sft in the reward", low=0)
+    sigma: str = option("off", "the judge's doubt: unused, f(σ) = 1/(1+σ) on the advantage, or r − λσ",
+                        choices=["off", "advantage", "penalty"])  # fmt: skip
+    sigma_coefficient: float = option(1.0, "λ of --sigma penalty", low=0)
+    missing_eos_penalty: float = option(0.0, "taken from the reward of an answer without EOS", low=0)
+
+    def check(self):
+        super().check()
+        if self.batch_size % self.num_generations:
+            raise UserError(f"--batch-size {self.batch_size} must be a multiple of --num-generations "
+                            f"{self.num_generations}")  # fmt: skip
+        if self.baseline == "leave-one-out" and self.num_generations < 2:
+            raise UserError("--baseline leave-one-out compares answers to one prompt; set --num-generations to 2 or "
+                            "more")  # fmt: skip
+
+
+if __name__ == "__main__":
+    refuse_mistakes(ReinforceOptions)  # before torch and transformers take their seconds
 
 import torch
 
 import train_rm
-from rlhf_min.data import batches
-from rlhf_min.errors import UserError, one_line_errors
+from rlhf_min.batches import Batches
 from rlhf_min.evaluation import format_table, judge_policy, print_samples, summarise
-from rlhf_min.inputs import PolicyOptions, load_inputs
+from rlhf_min.inputs import load_inputs
 from rlhf_min.lora import lora_disabled, merge_lora, save_adapter
-from rlhf_min.models import eos_token_ids, get_weights, save_model
-from rlhf_min.options import option, parse_options
+from rlhf_min.models import eos_token_ids, get_weights, save_model, trained_weights
 from rlhf_min.plots import plot_metrics
 from rlhf_min.precision import Optimizer, autocast, resolve_device
 from rlhf_min.reinforce import (
@@ -33,21 +65,6 @@ from rlhf_min.rollout import decode_completions, sample, token_logprobs
 from rlhf_min.runlog import RunLog
 
 
-@dataclass
-class ReinforceOptions(PolicyOptions):
-    """Train a policy with REINFORCE."""
-
-    steps: int = option(150, "T: optimizer steps", low=1)
-    num_generations: int = option(1, "k: answers to the same prompt; --batch-size counts answers", low=1)
-    baseline: str = option("moving-average", "b: mean of all past shaped rewards, or of the k − 1 other answers (RLOO)",
-                           choices=["moving-average", "leave-one-out"])  # fmt: skip
-    beta: float = option(0.05, "β: weight of the KL to π_sft in the reward", low=0)
-    sigma: str = option("off", "the judge's doubt: unused, f(σ) = 1/(1+σ) on the advantage, or r − λσ",
-                        choices=["off", "advantage", "penalty"])  # fmt: skip
-    sigma_coefficient: float = option(1.0, "λ of --sigma penalty", low=0)
-    missing_eos_penalty: float = option(0.0, "taken from the reward of an answer without EOS", low=0)
-
-
 def train_policy(policy, tokenizer, reward_model, prompts, sft, options, log):
     """T steps of REINFORCE, in place. `sft`: π_sft's weights, or None where it is the policy without its adapters."""
     baseline = MovingAverageBaseline()
@@ -57,10 +74,12 @@ def train_policy(policy, tokenizer, reward_model, prompts, sft, options, log):
     sigma_coefficient = options.sigma_coefficient if options.sigma == "penalty" else 0.0
     weight = sigma_weight if options.sigma == "advantage" else torch.ones_like
     generator = torch.Generator().manual_seed(options.seed)
-    stream = batches(prompts, options.batch_size // k, generator)
+    stream = Batches(prompts, options.batch_size // k, generator)
     eos = eos_token_ids(policy, tokenizer)
+    state = lambda: {"policy": trained_weights(policy), "baseline": vars(baseline), "optimizer": optimizer,
+                     "stream": stream}  # what --resume goes on with  # fmt: skip
 
-    for step in log.progress(range(1, options.steps + 1), "REINFORCE"):
+    for step in log.progress("REINFORCE", options.steps, state):
         # y ~ π_θ(·|x), k times for each prompt, and r(x, y)
         batch = [prompt for prompt in next(stream) for _ in range(k)]
         with autocast(policy.device, options.precision):
@@ -104,36 +123,31 @@ def train_policy(policy, tokenizer, reward_model, prompts, sft, options, log):
 @one_line_errors
 def main(argv=None):
     options = parse_options(ReinforceOptions, argv)
+    options.check()
     device = resolve_device(options)
-    if options.batch_size % options.num_generations:
-        raise UserError(f"--batch-size {options.batch_size} must be a multiple of --num-generations "
-                        f"{options.num_generations}")  # fmt: skip
-    if options.baseline == "leave-one-out" and options.num_generations < 2:
-        raise UserError("--baseline leave-one-out compares answers to one prompt; set --num-generations to 2 or more")
-    log = RunLog("reinforce", options)
-    train_rm.prepare_inputs([options.prompts, options.eval_prompts], [options.policy, options.reward_model])
+    log = RunLog(options)
+    train_rm.prepare_inputs(options.prompt_files(), [options.policy, options.reward_model])
     policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
     if options.sigma != "off" and not judges["reward"].has_sigma:
         raise UserError(f"--sigma {options.sigma}: {options.reward_model} gives no σ; name an ordinal reward model")
     sft = None if options.lora_r else get_weights(policy)
-    log.begin()
 
-    evaluate = lambda: judge_policy(policy, tokenizer, eval_prompts, judges, options, policy, sft)
-    before = evaluate()
-    train_policy(policy, tokenizer, judges["reward"], prompts, sft, options, log)
-    after = evaluate()
+    with log.running(policy=policy, judges=judges, prompts=prompts, eval_prompts=eval_prompts):
+        evaluate = lambda: judge_policy(policy, tokenizer, eval_prompts, judges, options, policy, sft)
+        before = log.once("before", evaluate)
+        train_policy(policy, tokenizer, judges["reward"], prompts, sft, options, log)
+        after = evaluate()
 
-    if options.lora_r:
-        save_adapter(policy, log.folder / "adapter")
-        tokenizer.save_pretrained(log.folder / "adapter")
-    save_model(merge_lora(policy), tokenizer, log.folder / "model")
-    plot_metrics(log.metrics(), ["reward", "kl"], log.folder / "steps.png")
-    rows = {"before": summarise(before, judges), "after": summarise(after, judges)}
-    names = [name for name in rows["after"] if not name.endswith("_se")]
-    print("\nHeld-out prompts, before and after\n")
-    print(format_table([{"policy": name, **row} for name, row in rows.items()], ["policy", *names]))
-    samples = print_samples(before, after)
-    log.finish(**rows, samples=samples)
+        if options.lora_r:
+            save_adapter(policy, log.folder / "adapter", tokenizer)
+        save_model(merge_lora(policy), tokenizer, log.folder / "model")
+        plot_metrics(log.metrics(), ["reward", "kl"], log.folder / "steps.png")
+        rows = {"before": summarise(before, judges), "after": summarise(after, judges)}
+        names = [name for name in rows["after"] if not name.endswith("_se")]
+        print("\nHeld-out prompts, before and after\n")
+        print(format_table([{"policy": name, **row} for name, row in rows.items()], ["policy", *names]))
+        samples = print_samples(before, after)
+        log.finish(**rows, samples=samples)
 
 
 if __name__ == "__main__":

@@ -11,25 +11,20 @@ them: training and scoring tokenise by the same function, reward_model.encode_an
 import math
 from collections import Counter
 from dataclasses import dataclass
-
-import torch
+from pathlib import Path
+from typing import ClassVar
 
 from rlhf_min import toy
-from rlhf_min.data import batches, check_source, load_pairs, pad, shuffle
+from rlhf_min.data import load_pairs
 from rlhf_min.errors import UserError, one_line_errors
-from rlhf_min.lora import LoRAOptions, add_chosen_lora, lora_layers, merge_lora, save_adapter
-from rlhf_min.losses import ordinal_loss, pairwise_loss
-from rlhf_min.models import context_length, get_weights, load_classifier, save_model, set_weights
-from rlhf_min.options import option, parse_options
-from rlhf_min.plots import plot_metrics
-from rlhf_min.precision import Optimizer, autocast, resolve_device
-from rlhf_min.reward_model import classify, encode_answer, reward_and_sigma
-from rlhf_min.runlog import RunLog
+from rlhf_min.options import LoRAOptions, check_names, option, parse_options, refuse_mistakes
 
 
 @dataclass
 class RewardModelOptions(LoRAOptions):
     """Train a reward model on preference pairs."""
+
+    script: ClassVar[str] = "train_rm.py"
 
     data: str = option(toy.TRAIN_PAIRS, "pairs: prompt/chosen/rejected, or text/label, which are paired in order")
     eval_data: str = option("", "pairs to validate on; without, --eval-fraction of --data is held out")
@@ -58,6 +53,42 @@ class RewardModelOptions(LoRAOptions):
     )
     accept_weak: bool = option(False, "save the model even if it does not beat chance by 3 standard errors")
     seed: int = option(42, "seed of the head, the order of the pairs and dropout", low=0, high=2**31 - 1)
+
+    def check(self):
+        super().check()
+        check_names(files=[self.data, self.eval_data], models=[self.base])
+        if self.ties != "strict" and self.head == "scalar":
+            raise UserError("--ties goes with --head ordinal only; leave one of them out")
+        if self.margin and self.head == "ordinal":
+            raise UserError("--margin goes with --head scalar only; leave one of them out")
+
+    def check_rows(self):
+        for file in (self.data, self.eval_data):
+            if Path(file).is_file():
+                load_pairs(file)
+
+
+if __name__ == "__main__":
+    refuse_mistakes(RewardModelOptions)  # before torch and transformers take their seconds
+
+import torch
+
+from rlhf_min import pretrain
+from rlhf_min.batches import Batches, pad, shuffle
+from rlhf_min.lora import add_chosen_lora, lora_layers, merge_lora, save_adapter
+from rlhf_min.losses import ordinal_loss, pairwise_loss
+from rlhf_min.models import (
+    context_length,
+    get_weights,
+    load_classifier,
+    save_model,
+    set_weights,
+    trained_weights,
+)
+from rlhf_min.plots import plot_metrics
+from rlhf_min.precision import Optimizer, autocast, resolve_device
+from rlhf_min.reward_model import classify, encode_answer, reward_and_sigma
+from rlhf_min.runlog import RunLog
 
 
 def encode_pairs(pairs, tokenizer, max_length):
@@ -117,10 +148,12 @@ def train(model, tokenizer, train_rows, eval_rows, options, log):
     steps = max(1, options.epochs * len(train_rows) // (options.batch_size * options.accumulation_steps))
     optimizer = Optimizer(model.parameters(), options.lr, model.device, options.precision, options.warmup_steps, steps,
                           options.max_grad_norm, options.weight_decay)  # fmt: skip
-    stream = batches(train_rows, options.batch_size, torch.Generator().manual_seed(options.seed))
-    best = None
+    stream = Batches(train_rows, options.batch_size, torch.Generator().manual_seed(options.seed))
+    kept = {}  # the weights that shall be saved, and their validation
+    state = lambda: {"model": trained_weights(model), "optimizer": optimizer, "stream": stream,
+                     "kept": kept}  # what --resume goes on with  # fmt: skip
     model.train()
-    for step in log.progress(range(1, steps + 1), "reward model"):
+    for step in log.progress("reward model", steps, state):
         totals = Counter()
         for _ in range(options.accumulation_steps):
             rows = next(stream)
@@ -135,13 +168,11 @@ def train(model, tokenizer, train_rows, eval_rows, options, log):
         if step % options.eval_every == 0 or step == steps:
             validation = evaluate_pairs(model, eval_rows, tokenizer, options)
             metrics |= validation
-            if best is None or validation["eval_loss"] < best[0]["eval_loss"]:
-                best = validation, get_weights(model)
+            if options.keep == "last" or not kept or validation["eval_loss"] < kept["validation"]["eval_loss"]:
+                kept.update(validation=validation, weights=get_weights(model))
         log.step(step=step, **metrics, grad_norm=grad_norm, learning_rate=optimizer.lr, show=["loss", "accuracy"])
-    if options.keep == "best":
-        validation = best[0]
-        set_weights(model, best[1])
-    return validation
+    set_weights(model, kept["weights"])
+    return kept["validation"]
 
 
 def load_base(options, device):
@@ -160,77 +191,81 @@ def load_base(options, device):
 def save_reward_model(model, tokenizer, folder):
     """The whole model into model/, its adapters with the head into adapter/."""
     if lora_layers(model):
-        save_adapter(model, folder / "adapter")
-        tokenizer.save_pretrained(folder / "adapter")
+        save_adapter(model, folder / "adapter", tokenizer)
     save_model(merge_lora(model), tokenizer, folder / "model")
 
 
 def prepare_inputs(files, models):
-    """Refuse files that are not there, and make what is named of the embedded world and not cached yet."""
-    if any(file in toy.FILES for file in files):
+    """Make what is named of the embedded world and not cached yet."""
+    if toy.FILES & set(files) or toy.MODELS & set(models):
         toy.ensure_texts()
-    for file in files:
-        check_source(file)
-    if toy.POLICY in models:
-        toy.ensure_policy()
+    if toy.MODELS & set(models):
+        toy.ensure_run(toy.POLICY, pretrain.main)
     if toy.REWARD_MODEL in models:
         toy.ensure_run(toy.REWARD_MODEL, main)
     if toy.ORDINAL_REWARD_MODEL in models:
         toy.ensure_run(toy.ORDINAL_REWARD_MODEL, main, ["--head", "ordinal"])
 
 
-@one_line_errors
-def main(argv=None):
-    options = parse_options(RewardModelOptions, argv)
-    device = resolve_device(options)
-    if options.ties != "strict" and options.head == "scalar":
-        raise UserError("--ties goes with --head ordinal only; leave one of them out")
-    if options.margin and options.head == "ordinal":
-        raise UserError("--margin goes with --head scalar only; leave one of them out")
-    log = RunLog("rm", options)
-    if options.data == toy.TRAIN_PAIRS:
-        options.eval_data = options.eval_data or toy.EVAL_PAIRS
-    prepare_inputs([options.data, options.eval_data], [options.base])
+def read_rows(options, tokenizer, max_length):
+    """(training rows, validation rows, Counter of what was dropped, by reason) of the pairs that `options` name."""
     train_pairs, unpaired = load_pairs(options.data)
     eval_pairs, _ = load_pairs(options.eval_data) if options.eval_data else ([], 0)
     without_margin = sum(pair.margin is None for pair in [*train_pairs, *eval_pairs])
     if options.margin and without_margin:
         raise UserError(f"--margin: {without_margin} pairs have no field 'margin'; leave out the flag or add the field")
-    model, tokenizer = load_base(options, device)
-    options.max_length = min(options.max_length, context_length(model))
-
-    train_rows, dropped = encode_pairs(train_pairs, tokenizer, options.max_length)
+    train_rows, dropped = encode_pairs(train_pairs, tokenizer, max_length)
     if unpaired:
         dropped["without a partner of the other label"] = unpaired
     if options.eval_data:
-        eval_rows, _ = encode_pairs(eval_pairs, tokenizer, options.max_length)
+        eval_rows, _ = encode_pairs(eval_pairs, tokenizer, max_length)
     else:
         held_out = math.ceil(options.eval_fraction * len(train_rows))
         train_rows = shuffle(train_rows, torch.Generator().manual_seed(options.seed))
         eval_rows, train_rows = train_rows[:held_out], train_rows[held_out:]
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     if len(train_rows) < options.batch_size or not eval_rows:
         raise UserError(f"{options.data}: {len(train_rows)} pairs to train and {len(eval_rows)} to validate on are too "
-                        f"few (dropped: {reasons}); lower --batch-size, raise --max-length or give more")  # fmt: skip
+                        f"few (dropped: {reasons(dropped)}); lower --batch-size, raise --max-length or give "
+                        "more")  # fmt: skip
+    return train_rows, eval_rows, dropped
+
+
+def reasons(dropped):
+    """What was dropped, as words."""
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+
+
+@one_line_errors
+def main(argv=None):
+    options = parse_options(RewardModelOptions, argv)
+    options.check()
+    device = resolve_device(options)
+    log = RunLog(options)
+    if options.data == toy.TRAIN_PAIRS:
+        options.eval_data = options.eval_data or toy.EVAL_PAIRS
+    prepare_inputs([options.data, options.eval_data], [options.base])
+    model, tokenizer = load_base(options, device)
+    max_length = min(options.max_length, context_length(model))
+    train_rows, eval_rows, dropped = read_rows(options, tokenizer, max_length)
     threshold = 0.5 + 3 * math.sqrt(0.25 / len(eval_rows))  # chance + 3 standard errors
     if threshold >= 1 and not options.accept_weak:
         raise UserError(f"{len(eval_rows)} validation pairs cannot tell a reward model from chance; give 10 at least "
                         "(--eval-data, --eval-fraction), or insist with --accept-weak")  # fmt: skip
-    log.begin()
-    head = "ten ratings" if options.head == "ordinal" else "one reward"
-    print(f"base: {options.base}, with a head for {head}, new unless it had one")
-    print(f"pairs: {len(train_rows)} to train on, {len(eval_rows)} to validate on; dropped: {reasons}")
 
-    validation = train(model, tokenizer, train_rows, eval_rows, options, log)
-    accuracy = validation["eval_accuracy"]
-    weak = accuracy <= threshold
-    if not weak or options.accept_weak:
-        save_reward_model(model, tokenizer, log.folder)
-    names = ["loss", "accuracy", "eval_loss", "eval_accuracy"]
-    plot_metrics(log.metrics(), names, log.folder / "metrics.png")
-    print(f"validation: accuracy {accuracy:.3f}, loss {validation['eval_loss']:.3f}, "
-          f"margin {validation['eval_margin']:.2f}")  # fmt: skip
-    log.finish(train_pairs=len(train_rows), eval_pairs=len(eval_rows), dropped=dict(dropped), **validation)
+    with log.running(base=model, train_rows=train_rows, eval_rows=eval_rows):
+        head = "ten ratings" if options.head == "ordinal" else "one reward"
+        print(f"base: {options.base}, with a head for {head}, new unless it had one")
+        print(f"pairs: {len(train_rows)} to train on, {len(eval_rows)} to validate on; dropped: {reasons(dropped)}")
+        validation = train(model, tokenizer, train_rows, eval_rows, options, log)
+        accuracy = validation["eval_accuracy"]
+        weak = accuracy <= threshold
+        if not weak or options.accept_weak:
+            save_reward_model(model, tokenizer, log.folder)
+        names = ["loss", "accuracy", "eval_loss", "eval_accuracy"]
+        plot_metrics(log.metrics(), names, log.folder / "metrics.png")
+        print(f"validation: accuracy {accuracy:.3f}, loss {validation['eval_loss']:.3f}, "
+              f"margin {validation['eval_margin']:.2f}")  # fmt: skip
+        log.finish(train_pairs=len(train_rows), eval_pairs=len(eval_rows), dropped=dict(dropped), **validation)
     if weak and not options.accept_weak:
         raise UserError(f"validation accuracy {accuracy:.3f} is not above {threshold:.3f}, chance + 3 standard errors: "
                         "no model saved; train longer, give more pairs or insist with --accept-weak")  # fmt: skip

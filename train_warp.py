@@ -8,15 +8,37 @@ come one after the other, and learning rate, batch and T are a student report's.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from rlhf_min.errors import one_line_errors
+from rlhf_min.options import PolicyOptions, option, parse_options, refuse_mistakes
+
+
+@dataclass
+class WarpOptions(PolicyOptions):
+    """Train a policy with WARP; the defaults are the WARP report's."""
+
+    script: ClassVar[str] = "train_warp.py"
+
+    iterations: int = option(2, "I: rounds of train, merge, interpolate", low=1)
+    runs: int = option(2, "M: policies an iteration", low=1)
+    lr: float = option(1e-5, "AdamW learning rate", low=0)
+    beta: float = option(0.1, "β: weight of the KL to the EMA anchor in the reward", low=0)
+    mu: float = option(0.01, "μ: rate of the EMA anchor", low=0, high=1)
+    eta: float = option(0.5, "η: how far the next θ_init goes from θ_init to θ_slerp", low=0, high=1)
+    merge_by: str = option("block", "tensors that share a SLERP angle", choices=["block", "tensor", "model"])
+
+
+if __name__ == "__main__":
+    refuse_mistakes(WarpOptions)  # before torch and transformers take their seconds
 
 import torch
 
 import train_rm
 from rlhf_min import warp
-from rlhf_min.data import batches
-from rlhf_min.errors import one_line_errors
+from rlhf_min.batches import Batches
 from rlhf_min.evaluation import format_table, print_samples, sweep_front
-from rlhf_min.inputs import PolicyOptions, load_inputs
+from rlhf_min.inputs import load_inputs
 from rlhf_min.lora import lora_disabled, merge_lora, reset_lora, save_adapter, set_difference
 from rlhf_min.models import (
     dense_weights,
@@ -26,25 +48,11 @@ from rlhf_min.models import (
     set_weights,
     trained_weights,
 )
-from rlhf_min.options import option, parse_options
 from rlhf_min.plots import plot_front, plot_metrics
 from rlhf_min.precision import Optimizer, autocast, resolve_device
 from rlhf_min.reinforce import MovingAverageBaseline, kl_estimate, policy_gradient_loss, shaped_reward
 from rlhf_min.rollout import decode_completions, sample, token_logprobs
 from rlhf_min.runlog import RunLog
-
-
-@dataclass
-class WarpOptions(PolicyOptions):
-    """Train a policy with WARP; the defaults are the WARP report's."""
-
-    iterations: int = option(2, "I: rounds of train, merge, interpolate", low=1)
-    runs: int = option(2, "M: policies an iteration", low=1)
-    lr: float = option(1e-5, "AdamW learning rate", low=0)
-    beta: float = option(0.1, "β: weight of the KL to the EMA anchor in the reward", low=0)
-    mu: float = option(0.01, "μ: rate of the EMA anchor", low=0, high=1)
-    eta: float = option(0.5, "η: how far the next θ_init goes from θ_init to θ_slerp", low=0, high=1)
-    merge_by: str = option("block", "tensors that share a SLERP angle", choices=["block", "tensor", "model"])
 
 
 def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, run):
@@ -57,11 +65,13 @@ def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, l
     baseline = MovingAverageBaseline()
     optimizer = Optimizer(policy.parameters(), options.lr, policy.device, options.precision, options.warmup_steps,
                           max_grad_norm=options.max_grad_norm)  # fmt: skip
-    stream = batches(prompts, options.batch_size, generator)
+    stream = Batches(prompts, options.batch_size, generator)
     eos = eos_token_ids(policy, tokenizer)
     title = f"iteration {iteration}/{options.iterations} run {run}/{options.runs}"
+    state = lambda: {"policy": trained_weights(policy), "anchor": anchor, "baseline": vars(baseline),
+                     "optimizer": optimizer, "stream": stream}  # what --resume goes on with  # fmt: skip
 
-    for step in log.progress(range(1, options.steps + 1), title):
+    for step in log.progress(title, options.steps, state):
         # y ~ π_θ(·|x), and r(x, y)
         batch = next(stream)
         with autocast(policy.device, options.precision):
@@ -112,9 +122,10 @@ def train_warp(policy, tokenizer, reward_model, prompts, options, log):
     geometry = []
     for iteration in range(1, options.iterations + 1):
         policies = [
-            train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, run)
+            log.once(f"iteration-{iteration}-run-{run}", train_policy,
+                     policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, run)
             for run in range(1, options.runs + 1)
-        ]
+        ]  # fmt: skip
         merged = warp.merge(init, policies, options.merge_by)  # θ_slerp ← slerp(θ_init, {θ^m}, λ = 1/M)
         geometry.append(warp.task_vector_geometry(init, policies, options.merge_by))
         init = warp.interpolate(init, merged, options.eta)  # θ_init ← (1−η) θ_init + η θ_slerp
@@ -129,8 +140,7 @@ def save_policies(policy, tokenizer, sft, policies, options, folder):
     if options.lora_r:
         for name, weights in policies.items():
             set_difference(policy, sft, weights, options.iterations * options.runs * options.lora_r)
-            save_adapter(policy, folder / f"{name}_adapter")
-            tokenizer.save_pretrained(folder / f"{name}_adapter")
+            save_adapter(policy, folder / f"{name}_adapter", tokenizer)
     merge_lora(policy)
     for name, weights in policies.items():
         set_weights(policy, weights)
@@ -151,24 +161,25 @@ def print_geometry(geometry, options):
 @one_line_errors
 def main(argv=None):
     options = parse_options(WarpOptions, argv)
+    options.check()
     device = resolve_device(options)
-    log = RunLog("warp", options)
-    train_rm.prepare_inputs([options.prompts, options.eval_prompts], [options.policy, options.reward_model])
+    log = RunLog(options)
+    train_rm.prepare_inputs(options.prompt_files(), [options.policy, options.reward_model])
     policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
-    log.begin()
 
-    sft, merged, init, geometry = train_warp(policy, tokenizer, judges["reward"], prompts, options, log)
+    with log.running(policy=policy, judges=judges, prompts=prompts, eval_prompts=eval_prompts):
+        sft, merged, init, geometry = train_warp(policy, tokenizer, judges["reward"], prompts, options, log)
 
-    save_policies(policy, tokenizer, sft, {"model": init, "merged": merged}, options, log.folder)
-    front, columns = sweep_front(policy, tokenizer, eval_prompts, judges, options, sft, merged)
-    series = lambda row: f"iteration {row['iteration']} run {row['run']}"
-    plot_metrics(log.metrics(), ["reward", "kl"], log.folder / "steps.png", series=series)
-    plot_front({f"lr {options.lr:g}": front}, list(judges), log.folder / "front.png")
-    names = [name for name in front[0] if not name.endswith("_se")]
-    print("\nThe front: (1−η) θ_sft + η θ_slerp on held-out prompts\n\n" + format_table(front, names))
-    samples = print_samples(columns[0], columns[-1])
-    print_geometry(geometry, options)
-    log.finish(front=front, samples=samples, geometry=geometry, mu_T=options.mu * options.steps)
+        save_policies(policy, tokenizer, sft, {"model": init, "merged": merged}, options, log.folder)
+        front, columns = sweep_front(policy, tokenizer, eval_prompts, judges, options, sft, merged)
+        series = lambda row: f"iteration {row['iteration']} run {row['run']}"
+        plot_metrics(log.metrics(), ["reward", "kl"], log.folder / "steps.png", series=series)
+        plot_front({f"lr {options.lr:g}": front}, list(judges), log.folder / "front.png")
+        names = [name for name in front[0] if not name.endswith("_se")]
+        print("\nThe front: (1−η) θ_sft + η θ_slerp on held-out prompts\n\n" + format_table(front, names))
+        samples = print_samples(columns[0], columns[-1])
+        print_geometry(geometry, options)
+        log.finish(front=front, samples=samples, geometry=geometry, mu_T=options.mu * options.steps)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_reinforce
 import train_rm
 from rlhf_min import toy
-from rlhf_min.data import batches
+from rlhf_min.batches import Batches
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.evaluation import format_table, judge_policy, mean_se
 from rlhf_min.inputs import load_inputs
@@ -43,11 +44,26 @@ from rlhf_min.runlog import RunLog
 class BaselineOptions(train_reinforce.ReinforceOptions):
     """Compare baselines: the gradient's variance at a fixed policy, then training at equal numbers of answers."""
 
+    script: ClassVar[str] = "benchmarks/baselines.py"
+
     sequences: int = option(64, "answers a batch", low=8)
     batches: int = option(200, "batches of the variance", low=2)
     past: int = option(20, "batches before, which only fill the moving averages", low=1)
     reference_sequences: int = option(20_000, "answers of the gradient that directions are compared with", low=64)
     seeds: int = option(4, "training runs of each kind; 0 trains none", low=0)
+    save_every: int = option(0, "no checkpoints: a comparison is not resumed", low=0, high=0)
+
+    def check(self):
+        for name in ("sequences", "batch_size"):
+            if getattr(self, name) % 4:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be a multiple of 4")
+        if self.baseline != "moving-average" or self.num_generations != 1:
+            raise UserError("--baseline, --num-generations: the comparison sets them itself; leave them out")
+        if self.resume:
+            raise UserError("--resume: a comparison is not resumed; begin it again")
+        if self.lora_r:
+            raise UserError("--lora-r: the baselines are compared on all weights; leave it out")
+        super().check()
 
 
 def sample_gradients(policy, tokenizer, reward_model, prompts, generator, options):
@@ -71,11 +87,11 @@ def measure_gradients(policy, tokenizer, reward_model, prompts, options, log):
     generator = torch.Generator().manual_seed(options.seed)
     gradients = {}
     add = lambda name, gradient: gradients.setdefault(name, []).append(gradient)
-    streams = {k: batches(prompts, options.sequences // k, generator) for k in (1, 2, 4)}
+    streams = {k: Batches(prompts, options.sequences // k, generator) for k in (1, 2, 4)}
     mean, ema, within, group_means, rewards = MovingAverageBaseline(), None, [], [], []
-    for step in log.progress(range(-options.past, options.batches), "gradients"):
+    for step in log.progress("gradients", options.past + options.batches):
         reward, gradient = sample_gradients(policy, tokenizer, reward_model, next(streams[1]), generator, options)
-        if step >= 0:  # the gradient is linear in the advantage: two of them make five
+        if step > options.past:  # the gradient is linear in the advantage: two of them make five
             of_reward, of_one = gradient(reward), gradient(torch.ones_like(reward))
             n, batch_mean = len(reward), reward.mean()
             add("none", of_reward)
@@ -86,7 +102,7 @@ def measure_gradients(policy, tokenizer, reward_model, prompts, options, log):
             rewards.append(reward)
         mean.update(reward)
         ema = reward.mean().item() if ema is None else 0.9 * ema + 0.1 * reward.mean().item()
-        for k in (2, 4) if step >= 0 else ():
+        for k in (2, 4) if step > options.past else ():
             batch = [prompt for prompt in next(streams[k]) for _ in range(k)]
             reward, gradient = sample_gradients(policy, tokenizer, reward_model, batch, generator, options)
             groups = reward.view(-1, k)
@@ -99,7 +115,7 @@ def measure_gradients(policy, tokenizer, reward_model, prompts, options, log):
     spread = {"level": torch.cat(rewards).mean().item(), "between prompts": sigma_x2, "within prompts": sigma_y2}
 
     reference = torch.zeros_like(gradients["none"][0])
-    for _ in log.progress(range(options.reference_sequences // options.sequences), "reference"):
+    for _ in log.progress("reference", options.reference_sequences // options.sequences):
         reward, gradient = sample_gradients(policy, tokenizer, reward_model, next(streams[1]), generator, options)
         reference += gradient(leave_one_out(reward[None])[0])
     return {name: torch.stack(rows) for name, rows in gradients.items()}, reference, spread
@@ -151,33 +167,27 @@ def train_at_equal_sequences(policy, tokenizer, judges, prompts, eval_prompts, o
 @one_line_errors
 def main(argv=None):
     options = parse_options(BaselineOptions, argv)
+    options.check()
     device = resolve_device(options)
-    for name in ("sequences", "batch_size"):
-        if getattr(options, name) % 4:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be a multiple of 4")
-    if options.baseline != "moving-average" or options.num_generations != 1:
-        raise UserError("--baseline, --num-generations: the comparison sets them itself; leave them out")
-    if options.lora_r:
-        raise UserError("--lora-r: the baselines are compared on all weights; leave it out")
-    log = RunLog("baselines", options)
+    log = RunLog(options)
     train_rm.prepare_inputs([options.prompts], [options.policy, options.reward_model])
     options.judges = options.judges or toy.JUDGES  # for begun reviews, too, which are another file of the same world
     policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
-    log.begin()
-    gradients, reference, spread = measure_gradients(policy, tokenizer, judges["reward"], prompts, options, log)
-    table = variance_table(gradients, reference, spread)
-    text = format_table(table, [name for name in table[0] if not name.endswith("_se")])
-    text += "\n\nvariance of the reward: " + ", ".join(f"{name} {value:.3f}" for name, value in spread.items())
-    rows = (
-        train_at_equal_sequences(policy, tokenizer, judges, prompts, eval_prompts, options, log)
-        if options.seeds
-        else []
-    )
-    if rows:
-        text += "\n\n" + format_table(rows, [name for name in rows[0] if not name.endswith("_se")])
-    print("\n" + text + "\n")
-    (log.folder / "table.md").write_text(text + "\n", encoding="utf-8")
-    log.finish(variance=table, spread=spread, training=rows)
+    with log.running():
+        gradients, reference, spread = measure_gradients(policy, tokenizer, judges["reward"], prompts, options, log)
+        table = variance_table(gradients, reference, spread)
+        text = format_table(table, [name for name in table[0] if not name.endswith("_se")])
+        text += "\n\nvariance of the reward: " + ", ".join(f"{name} {value:.3f}" for name, value in spread.items())
+        rows = (
+            train_at_equal_sequences(policy, tokenizer, judges, prompts, eval_prompts, options, log)
+            if options.seeds
+            else []
+        )
+        if rows:
+            text += "\n\n" + format_table(rows, [name for name in rows[0] if not name.endswith("_se")])
+        print("\n" + text + "\n")
+        (log.folder / "table.md").write_text(text + "\n", encoding="utf-8")
+        log.finish(variance=table, spread=spread, training=rows)
 
 
 if __name__ == "__main__":

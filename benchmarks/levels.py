@@ -20,6 +20,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -46,9 +47,22 @@ ARMS = ["off", "advantage", "constant", "penalty", "folded", "shrunk"]
 class LevelOptions(train_reinforce.ReinforceOptions):
     """Train reward models of both levels and a policy for every arm, and compare them."""
 
+    script: ClassVar[str] = "benchmarks/levels.py"
+
     seeds: int = option(4, "repetitions", low=1)
+    save_every: int = option(0, "no checkpoints: a comparison is not resumed", low=0, high=0)
     arms: list = option(ARMS, f"arms of level 2: off, then any of {', '.join(ARMS[1:])} (default: all)")
     match_kl: float = option(1.0, "nats of KL at which the policies are compared", low=0.01)
+
+    def check(self):
+        if self.arms[:1] != ["off"] or set(self.arms) - set(ARMS):
+            raise UserError(f"--arms are off, and then any of {', '.join(ARMS[1:])}")
+        default = type(self)()
+        for name in ("lora_r", "missing_eos_penalty", "policy", "prompts", "reward_model", "judges", "sigma", "seed",
+                     "baseline", "num_generations", "resume"):  # fmt: skip
+            if getattr(self, name) != getattr(default, name):
+                raise UserError(f"--{name.replace('_', '-')}: the comparison sets it itself; leave it out")
+        super().check()
 
 
 def arm_settings(arm, judge, answers, options):
@@ -116,44 +130,37 @@ def over_seeds(rows):
 @one_line_errors
 def main(argv=None):
     options = parse_options(LevelOptions, argv)
+    options.check()
     device = resolve_device(options)
-    if options.arms[:1] != ["off"] or set(options.arms) - set(ARMS):
-        raise UserError(f"--arms are off, and then any of {', '.join(ARMS[1:])}")
-    default = LevelOptions()
-    for name in ("lora_r", "missing_eos_penalty", "policy", "prompts", "reward_model", "judges", "sigma", "seed",
-                 "baseline", "num_generations"):  # fmt: skip
-        if getattr(options, name) != getattr(default, name):
-            raise UserError(f"--{name.replace('_', '-')}: the comparison sets it itself; leave it out")
-    log = RunLog("levels", options)
+    log = RunLog(options)
     train_rm.prepare_inputs([options.prompts, toy.EVAL_PAIRS], [options.policy, options.reward_model])
     policy, tokenizer, _, prompts, eval_prompts = load_inputs(options, device)
     reference, _ = load_policy(options.policy, device, options.max_length)
     pairs, ratings = load_rated_pairs(toy.EVAL_PAIRS)
-    log.begin()
+    with log.running():
+        machine = ["--device", options.device, "--precision", options.precision]
+        quality, results = {head: [] for head in HEADS}, {}
+        for seed in range(1, options.seeds + 1):
+            for head, flags in HEADS.items():
+                folder = str(log.folder / f"{head}{seed}")
+                train_rm.main([*flags, *machine, "--seed", str(seed), "--out", folder])
+            judges = load_judges([f"{log.folder}/{head}{seed}" for head in HEADS] + toy.JUDGES, device)
+            for head in HEADS:
+                quality[head].append(measure(judges[f"{head}{seed}"], pairs, ratings))
+            rows = compare_arms(seed, (policy, reference, tokenizer), judges, prompts, eval_prompts, options, log)
+            for key, row in rows.items():
+                results.setdefault(key, []).append(row)
 
-    machine = ["--device", options.device, "--precision", options.precision]
-    quality, results = {head: [] for head in HEADS}, {}
-    for seed in range(1, options.seeds + 1):
-        for head, flags in HEADS.items():
-            folder = str(log.folder / f"{head}{seed}")
-            train_rm.main([*flags, *machine, "--seed", str(seed), "--out", folder])
-        judges = load_judges([f"{log.folder}/{head}{seed}" for head in HEADS] + toy.JUDGES, device)
-        for head in HEADS:
-            quality[head].append(measure(judges[f"{head}{seed}"], pairs, ratings))
-        rows = compare_arms(seed, (policy, reference, tokenizer), judges, prompts, eval_prompts, options, log)
-        for key, row in rows.items():
-            results.setdefault(key, []).append(row)
-
-    tables = {"reward models": [{"head": head, **over_seeds(rows)} for head, rows in quality.items()]}
-    for at in ("end", "matched"):
-        tables[at] = [{"arm": arm, **over_seeds(rows)} for (arm, when), rows in results.items() if when == at]
-    text = ""
-    for title, rows in tables.items():
-        names = [name for name in max(rows, key=len) if not name.endswith("_se")]
-        text += f"{title}\n\n{format_table(rows, names)}\n\n"
-    print("\n" + text)
-    (log.folder / "table.md").write_text(text, encoding="utf-8")
-    log.finish(**tables, by_seed={f"{arm}, {at}": rows for (arm, at), rows in results.items()})
+        tables = {"reward models": [{"head": head, **over_seeds(rows)} for head, rows in quality.items()]}
+        for at in ("end", "matched"):
+            tables[at] = [{"arm": arm, **over_seeds(rows)} for (arm, when), rows in results.items() if when == at]
+        text = ""
+        for title, rows in tables.items():
+            names = [name for name in max(rows, key=len) if not name.endswith("_se")]
+            text += f"{title}\n\n{format_table(rows, names)}\n\n"
+        print("\n" + text)
+        (log.folder / "table.md").write_text(text, encoding="utf-8")
+        log.finish(**tables, by_seed={f"{arm}, {at}": rows for (arm, at), rows in results.items()})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +30,8 @@ from rlhf_min.runlog import RunLog
 @dataclass
 class QualityOptions(RunOptions):
     """Measure reward models on pairs that they were not trained on."""
+
+    script: ClassVar[str] = "benchmarks/reward_models.py"
 
     reward_models: list = option([toy.REWARD_MODEL, toy.ORDINAL_REWARD_MODEL], "reward models to measure "
                                  "(default: both of the embedded world)")  # fmt: skip
@@ -98,8 +101,9 @@ def measure(judge, pairs, ratings, max_length=512):
 @one_line_errors
 def main(argv=None):
     options = parse_options(QualityOptions, argv)
+    options.check()
     device = resolve_device(options)
-    log = RunLog("reward_models", options)
+    log = RunLog(options)
     train_rm.prepare_inputs([options.data], options.reward_models)
     pairs, ratings = load_rated_pairs(options.data)
     judges = {name: load_judge(name, device) for name in options.reward_models}
@@ -108,12 +112,12 @@ def main(argv=None):
             raise UserError(f"--reward-models {name}: a function has no probabilities; name a trained model")
     rows = [{"reward_model": name, **measure(judge, pairs, ratings, options.max_length)}
             for name, judge in judges.items()]  # fmt: skip
-    log.begin()
-    names = [name for name in max(rows, key=len) if not name.endswith("_se")]
-    table = format_table(rows, names)
-    print("\n" + table + "\n")
-    (log.folder / "table.md").write_text(table + "\n", encoding="utf-8")
-    log.finish(rows=rows)
+    with log.running():
+        names = [name for name in max(rows, key=len) if not name.endswith("_se")]
+        table = format_table(rows, names)
+        print("\n" + table + "\n")
+        (log.folder / "table.md").write_text(table + "\n", encoding="utf-8")
+        log.finish(rows=rows)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ and hardly in sentences. It is there to run everything that the real one would.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rlhf_min.data import load_pairs
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.models import save_model
-from rlhf_min.options import RunOptions, option, parse_options
+from rlhf_min.options import TrainingOptions, option, parse_options
 from rlhf_min.precision import resolve_device
 from rlhf_min.pretrain import train_language_model
 from rlhf_min.reward_model import encode_answer
@@ -27,8 +28,10 @@ from rlhf_min.runlog import RunLog
 
 
 @dataclass
-class SmallOptions(RunOptions):
+class SmallOptions(TrainingOptions):
     """Train a small Llama in SmolLM2's shape on the chosen answers of preference pairs."""
+
+    script: ClassVar[str] = "benchmarks/small_smollm2.py"
 
     data: str = option("data/hh_helpful/train.jsonl.gz", "pairs of messages, whose chosen answers are read")
     tokenizer: str = option("data/tokenizers/smollm2", "folder of SmolLM2's tokenizer")
@@ -45,27 +48,28 @@ class SmallOptions(RunOptions):
 @one_line_errors
 def main(argv=None):
     options = parse_options(SmallOptions, argv)
+    options.check()
     device = resolve_device(options)
-    log = RunLog("small_smollm2", options)
+    log = RunLog(options)
     if not Path(options.tokenizer, "tokenizer.json").is_file():
         raise UserError(f"--tokenizer {options.tokenizer}: no tokenizer.json in it; name a folder of SmolLM2's")
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     pairs, _ = load_pairs(options.data)
     rows = [encode_answer(tokenizer, pair.prompt, pair.chosen, max_length=options.max_length) for pair in pairs]
-    log.begin()
-    torch.manual_seed(options.seed)
-    width = 64 * options.heads
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3, tie_word_embeddings=True,
-        num_hidden_layers=options.layers, num_attention_heads=options.heads, num_key_value_heads=1,
-        max_position_embeddings=2048, rope_theta=100_000.0, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to(device)
-    steps, loss = train_language_model(model, rows, tokenizer.pad_token_id, options, log)
-    save_model(model.eval(), tokenizer, log.folder / "model")
-    log.finish(conversations=len(rows), steps=steps, parameters=sum(p.numel() for p in model.parameters()),
-               loss=loss)  # fmt: skip
+    with log.running(conversations=rows):
+        torch.manual_seed(options.seed)
+        width = 64 * options.heads
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3, tie_word_embeddings=True,
+            num_hidden_layers=options.layers, num_attention_heads=options.heads, num_key_value_heads=1,
+            max_position_embeddings=2048, rope_theta=100_000.0, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config).to(device)
+        steps, loss = train_language_model(model, rows, tokenizer.pad_token_id, options, log)
+        save_model(model.eval(), tokenizer, log.folder / "model")
+        log.finish(conversations=len(rows), steps=steps, parameters=sum(p.numel() for p in model.parameters()),
+                   loss=loss)  # fmt: skip
 
 
 if __name__ == "__main__":

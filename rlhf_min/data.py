@@ -11,9 +11,8 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from .errors import UserError, first_line
+from .sources import check_source
 
 
 class Pair(NamedTuple):
@@ -59,15 +58,6 @@ def read_rows(source):
         raise UserError(f"{source}: the file is empty; it needs at least one line")
 
 
-def check_source(source):
-    """UserError unless `source` is a file, empty, or could be a hub data set. Quick: scripts call it first."""
-    path = Path(source)
-    is_hub_name = source.partition(":")[0].count("/") == 1 and not source.startswith(("/", "."))
-    is_hub_name &= not path.exists() and path.suffix not in {".jsonl", ".gz", ".json", ".txt"}
-    if source and not path.is_file() and not is_hub_name:
-        raise UserError(f"{source}: no such file; give a .jsonl or .jsonl.gz file or a hub data set owner/name")
-
-
 def _read_lines(path):
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
@@ -77,15 +67,9 @@ def _read_lines(path):
 
 
 def _hub_rows(source):
-    name, _, split = source.partition(":")
-    from .models import hub_reachable
+    import datasets
 
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{name} is no local file, and hub data sets need: pip install 'rlhf_min[data]'") from None
-    if not hub_reachable():
-        raise UserError(f"{name} is no local file, and the hub cannot be reached; give a .jsonl file")
+    name, _, split = source.partition(":")
     try:
         rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises a dozen kinds; all mean that the name or the split is wrong
@@ -211,31 +195,39 @@ def read_texts(source):
     yield from filter(None, lines)
 
 
-def load_prompts(source, tokenizer, prompt_tokens, max_length, max_characters=0):
-    """Prompts of a file, each text once: `prompt` whole, or the first `prompt_tokens` tokens of `text`.
+def read_prompts(source, max_characters=0):
+    """Yield (where, prompt, is_text): a row's prompt, whole, or the `text` whose first tokens are to be the prompt.
 
-    In a row of whole conversations, `chosen` without its last message is the prompt. A `text` shorter than
-    `prompt_tokens` is left out, and so is a prompt longer than `max_characters`, if that is not 0. A prompt must leave
-    room for at least one token of `max_length`.
+    In a row of whole conversations, `chosen` without its last message is the prompt. One that is longer than
+    `max_characters` is left out, if that is not 0.
     """
-    if prompt_tokens >= max_length:
-        raise UserError(f"--prompt-tokens {prompt_tokens} leaves no room for an answer; --max-length is {max_length}")
-    prompts = {}
     for where, row in read_rows(source):
-        if "prompt" in row or _is_whole(row):
-            text = _pair(row, where).prompt if _is_whole(row) else _prompt(row, where)
-            length = len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
-            if max_characters and length > max_characters:
-                continue
-            tokens = encode_prompt(tokenizer, text)
-            if len(tokens) >= max_length:
-                raise UserError(f"{where}: the prompt has {len(tokens)} tokens, --max-length is {max_length}; raise it")
-        else:
+        if "prompt" not in row and not _is_whole(row):
+            yield where, _text(row, "text", where), True
+            continue
+        prompt = _pair(row, where).prompt if _is_whole(row) else _prompt(row, where)
+        length = len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
+        if not max_characters or length <= max_characters:
+            yield where, prompt, False
+
+
+def load_prompts(source, tokenizer, prompt_tokens, max_length, max_characters=0):
+    """Prompts of a file, each once: as read_prompts has them, or the first `prompt_tokens` tokens of a `text`.
+
+    A `text` shorter than that is left out. A prompt must leave room for at least one token of `max_length`.
+    """
+    prompts = {}
+    for where, text, is_text in read_prompts(source, max_characters):
+        if is_text:
             # cut for speed: tokens average far fewer than 32 characters; a BOS, where there is one, counts as a token
-            tokens = tokenizer(_text(row, "text", where)[: 32 * prompt_tokens])["input_ids"][:prompt_tokens]
+            tokens = tokenizer(text[: 32 * prompt_tokens])["input_ids"][:prompt_tokens]
             if len(tokens) < prompt_tokens:
                 continue
             text = tokenizer.decode(tokens, skip_special_tokens=True)
+        else:
+            tokens = encode_prompt(tokenizer, text)
+            if len(tokens) >= max_length:
+                raise UserError(f"{where}: the prompt has {len(tokens)} tokens, --max-length is {max_length}; raise it")
         if not tokens:
             raise UserError(f"{where}: the prompt has no tokens")
         prompts.setdefault(json.dumps(text), Prompt(tokens, text))
@@ -265,43 +257,7 @@ def apply_chat_template(tokenizer, messages, **kwargs):
         raise UserError(f"{tokenizer.name_or_path}: its chat template refuses a conversation: {error}") from None
 
 
-def shuffle(items, generator):
-    """The items in a random order, as a new list."""
-    return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
-
-
 def without(prompts, others):
     """The prompts whose text is not among the others'."""
     seen = {json.dumps(other.text) for other in others}
     return [prompt for prompt in prompts if json.dumps(prompt.text) not in seen]
-
-
-def split_prompts(prompts, eval_prompts, count, generator):
-    """(training, held-out) prompts, none in both: `count` of `eval_prompts` if there are any, else of `prompts`."""
-    held_out = shuffle(without(eval_prompts, prompts) if eval_prompts else prompts, generator)[:count]
-    training = without(prompts, held_out)
-    if len(held_out) < count or not training:
-        count_all = len(prompts) + len(without(eval_prompts, prompts))
-        raise UserError(f"{count_all} distinct prompts are too few to hold out {count} of them; "
-                        "lower --num-eval-prompts or give more")  # fmt: skip
-    return training, held_out
-
-
-def pad(rows, pad_token_id, device, side="right"):
-    """B lists of token ids → tokens (B, L), attention_mask (B, L), True on the tokens that are real."""
-    width = max(map(len, rows))
-    filler = [[pad_token_id] * (width - len(row)) for row in rows]
-    tokens = [row + fill if side == "right" else fill + row for row, fill in zip(rows, filler)]
-    lengths = torch.tensor([len(row) for row in rows], device=device)[:, None]  # (B, 1)
-    columns = torch.arange(width, device=device)  # (L,)
-    return torch.tensor(tokens, device=device), columns < lengths if side == "right" else columns >= width - lengths
-
-
-def batches(items, batch_size, generator):
-    """Yield batches for ever, a new random order each epoch; an epoch's remainder goes into the next one's first."""
-    queue = []
-    while True:
-        while len(queue) < batch_size:
-            queue += torch.randperm(len(items), generator=generator).tolist()
-        yield [items[i] for i in queue[:batch_size]]
-        queue = queue[batch_size:]

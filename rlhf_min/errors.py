@@ -1,16 +1,47 @@
 """A mistake of the user's: exit code 2 and one line with the remedy. A defect of ours keeps its traceback."""
 
+import errno
 import functools
 import sys
+
+ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class UserError(Exception):
     """Something the user can mend; the message names the file, line or flag, and the remedy."""
 
+    code = 2
+
+
+class Stopped(UserError):
+    """Ctrl-C, or a signal to end."""
+
+    code = 130
+
 
 def first_line(error):
     """What a library's exception says, in one line; its name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def explain(error):
+    """The UserError for what the machine is to blame for: interrupts, a full disk or memory; None for a defect."""
+    text = first_line(error)
+    if "inline_container" in text:  # torch.save hides what the file system said
+        error = error.__context__
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped("stopped")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return UserError("out of memory: lower --batch-size or --max-length, or train adapters, --lora-r 8")
+    if isinstance(error, OSError) and error.errno in ENVIRONMENT:
+        return UserError(
+            f"{error.filename or 'the folder of the run'}: {error.strerror}; free it, or name another --out"
+        )
+    if "os error" in text:  # safetensors has exceptions of its own
+        return UserError(f"the model cannot be written: {text}; free the disk")
+    return None
 
 
 def one_line_errors(main):
@@ -20,8 +51,11 @@ def one_line_errors(main):
     def wrapper(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(2) from None
+        except (Exception, KeyboardInterrupt) as error:
+            known = explain(error)
+            if known is None:
+                raise
+            print(f"error: {' '.join(str(known).split())}", file=sys.stderr)
+            raise SystemExit(known.code) from None
 
     return wrapper

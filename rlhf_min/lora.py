@@ -10,7 +10,6 @@ of the mean of two B A.
 import contextlib
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,22 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from .checkpoint import whole
 from .errors import UserError, first_line
-from .options import RunOptions, option
 
 TARGETS = ("q_proj", "v_proj", "c_attn", "q_lin", "v_lin", "query", "value")  # Llama, GPT-2, DistilBERT, BERT
 HEADS = ("score", "classifier", "pre_classifier", "pooler")  # what a classifier has on top of its backbone
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
-
-
-@dataclass
-class LoRAOptions(RunOptions):
-    """LoRA, for what trains a reward model or a policy."""
-
-    lora_r: int = option(0, "rank r of LoRA's adapters; 0 trains all weights", low=0)
-    lora_alpha: float = option(32.0, "α: the update is scaled by α/r", low=0)
-    lora_target_modules: list = option([], "last parts of the names of the modules that get an adapter "
-                                           f"(default: {', '.join(TARGETS)}, as far as there are such)")  # fmt: skip
 
 
 class LoRALayer(nn.Module):
@@ -86,7 +75,7 @@ def add_lora(model, r, alpha, dropout=0.0, target_modules=None):
     """
     once = {name for name, _ in model.named_parameters()}  # without a tied lm_head, whose W is the embedding's
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-              and f"{name}.weight" in once and not _is_head(name)]  # fmt: skip
+              and f"{name}.weight" in once and not is_head(name)]  # fmt: skip
     found = {target: [name for name in linear if name.rpartition(".")[2] == target]
              for target in target_modules or TARGETS}  # fmt: skip
     missing = [target for target, names in found.items() if not names]
@@ -94,7 +83,7 @@ def add_lora(model, r, alpha, dropout=0.0, target_modules=None):
         there = sorted({name.rpartition(".")[2] for name in linear})
         raise UserError(f"--lora-target-modules: no linear module is named {missing[0]}; there are {', '.join(there)}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_is_head(name))
+        parameter.requires_grad_(is_head(name))
     for name in {name: None for names in found.values() for name in names}:
         _replace(model, name, LoRALayer(model.get_submodule(name), r, alpha, dropout))
     return model
@@ -109,7 +98,8 @@ def add_chosen_lora(model, options, dropout=0.0):
     return model
 
 
-def _is_head(name):
+def is_head(name):
+    """Whether a parameter belongs to what a classifier has on top of its backbone."""
     return any(part in HEADS for part in name.split("."))
 
 
@@ -169,14 +159,14 @@ def set_difference(model, start, end, rank):
         layer.lora_A, layer.lora_B, layer.scale = nn.Parameter(a), nn.Parameter(b), 1.0
 
 
-def save_adapter(model, folder):
+def save_adapter(model, folder, tokenizer=None):
     """Write adapters, and a classifier's head, in PEFT's format: adapter_config.json, adapter_model.safetensors."""
-    layers, tensors, folder = lora_layers(model), {}, Path(folder)
+    layers, tensors = lora_layers(model), {}
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
     heads = {part for name, _ in model.named_parameters() for part in name.split(".") if part in HEADS}
-    tensors |= {PREFIX + name: p for name, p in model.named_parameters() if _is_head(name)}
+    tensors |= {PREFIX + name: p for name, p in model.named_parameters() if is_head(name)}
     layer = next(iter(layers.values()))
     r = layer.lora_A.shape[0]
     config = {
@@ -186,10 +176,13 @@ def save_adapter(model, folder):
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}), "fan_in_fan_out": layer.transposed,
         "modules_to_save": sorted(heads) or None,
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="ascii")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with whole(folder) as new:
+        new.mkdir()
+        (new / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="ascii")
+        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
 
 
 def read_adapter(folder):
@@ -237,5 +230,5 @@ def load_adapter(model, folder):
             raise UserError(f"{folder}: {name} {tuple(tensor.shape)} does not fit the model")
         parameters[name].copy_(tensor)
     for name, parameter in parameters.items():
-        parameter.requires_grad_("lora_" in name or _is_head(name))
+        parameter.requires_grad_("lora_" in name or is_head(name))
     return model

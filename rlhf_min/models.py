@@ -5,51 +5,19 @@ owner/name. Everything is loaded in float32 (transformers would keep a checkpoin
 vanish), from safetensors only.
 """
 
-import os
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
+from .checkpoint import whole
 from .errors import UserError, first_line
-from .lora import load_adapter, lora_layers, merge_lora, read_adapter
+from .lora import is_head, load_adapter, lora_layers, merge_lora, read_adapter
+from .sources import find_model, hub_reachable, is_adapter
 
 logging.set_verbosity_error()  # e.g. the long report that a classifier's head is new, which train_rm says in one line
 logging.disable_progress_bar()
-
-
-def hub_reachable(timeout=1.5):
-    """Whether the hub answers; without this question from_pretrained retries for 23 to 47 seconds."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
-        return False
-    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError:
-        return True  # an answer, if an unfriendly one
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def find_model(name):
-    """The folder of a model (for a run folder its model/), or the hub name itself where there is no such folder."""
-    folder = Path(name)
-    for candidate in (folder / "model", folder):
-        if (candidate / "config.json").is_file() or _is_adapter(candidate):
-            return str(candidate)
-    if folder.exists():
-        raise UserError(f"{name}: no config.json in it or in its model/; name a run folder or a transformers folder")
-    if name.count("/") != 1 or name.startswith((".", "/", "~", "runs/")):
-        raise UserError(f"{name}: no such folder; name a run folder, a transformers folder or a hub name owner/name")
-    return name
-
-
-def _is_adapter(folder):
-    return Path(folder, "adapter_config.json").is_file() and not Path(folder, "config.json").is_file()
 
 
 def _load(auto_class, name, **kwargs):
@@ -70,7 +38,7 @@ def _load(auto_class, name, **kwargs):
 def load_tokenizer(name):
     """The tokenizer beside a model. It must have an EOS or a pad token; a missing pad token becomes EOS."""
     folder = find_model(name)
-    if _is_adapter(folder) and not Path(folder, "tokenizer_config.json").is_file():
+    if is_adapter(folder) and not Path(folder, "tokenizer_config.json").is_file():
         return load_tokenizer(_base_of(folder))
     tokenizer = _load(AutoTokenizer, name)
     if tokenizer.pad_token is None:
@@ -109,9 +77,15 @@ def _base_of(adapter):
 
 def _load_weights(auto_class, name, tokenizer, **config):
     source = find_model(name)
-    if _is_adapter(source):
+    if is_adapter(source):
         return _load_adapted(auto_class, source, tokenizer, **config)
-    return _load(auto_class, name, dtype=torch.float32, use_safetensors=True, **config)
+    model, info = _load(auto_class, name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **config)
+    absent = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
+    if config or not _is_classifier(model):  # the head may be new
+        absent = {key for key in absent if not is_head(key)}
+    if absent:  # transformers would draw them at random, with a warning
+        raise UserError(f"{name}: its weights lack {len(absent)} tensors, such as {min(absent)}, or have other shapes")
+    return model
 
 
 def _check_vocabulary(name, model, tokenizer):
@@ -180,8 +154,9 @@ def eos_token_ids(model, tokenizer):
 
 def save_model(model, tokenizer, folder):
     """Write what transformers reads: config, safetensors, tokenizer."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with whole(folder) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
 
 
 def trained_weights(model):

@@ -1,14 +1,22 @@
-"""Options: one dataclass a script. A flag wins over the --config file, the file over the default."""
+"""Options: one dataclass a script. A flag wins over the --config file, the file over the default.
+
+No torch here, so that a mistake is refused in a fraction of a second.
+"""
 
 import argparse
 import dataclasses
 import difflib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 
-from .errors import UserError
+from . import toy
+from .data import read_prompts
+from .errors import UserError, one_line_errors
+from .sources import check_judge, check_model, check_source, read_json
 
 
 def option(default, help, choices=None, low=None, high=None):
@@ -19,13 +27,128 @@ def option(default, help, choices=None, low=None, high=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclasses.dataclass
+@dataclass
 class RunOptions:
     """What every script has."""
+
+    script: ClassVar[str] = ""  # what comes behind `python` on the command line
 
     out: str = option("", "folder of the run (default: the next runs/<script>-N)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: str = option("auto", "mixed precision", choices=["auto", "fp32", "bf16", "fp16"])
+
+    def folder(self):
+        """The folder of the run: `out` if nothing is there, else UserError; without `out` the first free one."""
+        if not self.out:
+            name = Path(self.script.removesuffix(".py")).name.rpartition(".")[2].removeprefix("train_")
+            numbers = (n for n in range(1, 10**6) if not Path("runs", f"{name}-{n}").exists())
+            return Path("runs", f"{name}-{next(numbers)}")
+        folder = Path(self.out)
+        for path in (folder, *folder.parents):
+            if path.is_file():
+                raise UserError(f"--out {self.out} cannot be made: {path} is a file; name a new folder")
+        if folder.is_dir() and any(
+            not path.name.endswith(".new") for path in folder.iterdir()
+        ):  # .new: see checkpoint.py
+            raise UserError(f"--out {self.out} holds another run or other files; name a new folder, or remove that one")
+        return folder
+
+    def check(self):
+        """UserError for flags that do not go together and for names of what is not there."""
+        self.folder()
+
+    def check_rows(self):
+        """UserError for rows that cannot be read. Loading them checks them, too, but much later."""
+
+
+@dataclass
+class TrainingOptions(RunOptions):
+    """What every script has that trains."""
+
+    resume: bool = option(False, "go on with the interrupted run in --out, whose options hold; else begin it")
+    save_every: int = option(50, "steps between two checkpoints, which --resume continues from; 0 saves none", low=0)
+
+    def folder(self):
+        """As RunOptions.folder; with --resume, --out may hold an interrupted run of this script."""
+        if self.resume and not self.out:
+            raise UserError("--resume needs --out, the folder of the interrupted run")
+        return Path(self.out) if self.resume and Path(self.out, "run.json").exists() else super().folder()
+
+    def check(self):
+        super().check()
+        if self.resume and Path(self.out, "summary.json").exists():
+            print(f"the run in {self.out} has finished: nothing to resume")
+            raise SystemExit(0)
+
+
+@dataclass
+class LoRAOptions(TrainingOptions):
+    """LoRA, for what trains a reward model or a policy."""
+
+    lora_r: int = option(0, "rank r of LoRA's adapters; 0 trains all weights", low=0)
+    lora_alpha: float = option(32.0, "α: the update is scaled by α/r", low=0)
+    lora_target_modules: list = option([], "last parts of the names of the modules that get an adapter "
+                                           "(default: those of attention's queries and values)")  # fmt: skip
+
+
+@dataclass
+class SamplingOptions(RunOptions):
+    """Prompts, judges, and how answers are drawn."""
+
+    prompts: str = option(toy.PROMPTS, "lines with 'prompt', or with 'text', whose first tokens are the prompt")
+    prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
+    max_prompt_characters: int = option(0, "leave out longer prompts; 0 keeps all", low=0)
+    judges: list = option([], "name=spec, spec a reward model or package.module.function, to judge the answers "
+                              "(the embedded world brings its own)")  # fmt: skip
+    temperature: float = option(0.7, "of sampling and scoring: it belongs to the policy", low=0.01)
+    max_length: int = option(64, "tokens of prompt and answer", low=2)
+    batch_size: int = option(64, "answers at a time", low=1)
+    seed: int = option(42, "seed of prompts and samples", low=0, high=2**31 - 1)
+
+    def prompt_files(self):
+        """The files of prompts that the options name."""
+        return [self.prompts]
+
+    def check(self):
+        super().check()
+        if self.prompt_tokens >= self.max_length:
+            raise UserError(f"--prompt-tokens {self.prompt_tokens} leaves no room for an answer; --max-length is "
+                            f"{self.max_length}")  # fmt: skip
+        check_names(files=self.prompt_files(), judges=[spec.partition("=")[2] or spec for spec in self.judges])
+
+    def check_rows(self):
+        for file in self.prompt_files():
+            for _ in read_prompts(file) if Path(file).is_file() else ():
+                pass
+
+
+@dataclass
+class PolicyOptions(SamplingOptions, LoRAOptions):
+    """What trains a policy."""
+
+    policy: str = option(toy.POLICY, "π_sft: a run folder, a transformers folder, an adapter or a hub name")
+    reward_model: str = option(toy.REWARD_MODEL, "a reward model of either head, or package.module.function")
+    eval_prompts: str = option("", "prompts of the evaluation (default: some of --prompts are held out)")
+    num_eval_prompts: int = option(256, "how many prompts of the evaluation", low=3)
+    steps: int = option(100, "T: optimizer steps, of each policy", low=1)
+    lr: float = option(1e-4, "AdamW learning rate", low=0)
+    warmup_steps: int = option(0, "steps of linear warm-up", low=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", low=0)
+
+    def prompt_files(self):
+        return [self.prompts, self.eval_prompts]
+
+    def check(self):
+        super().check()
+        check_names(models=[self.policy], judges=[self.reward_model])
+
+
+def check_names(files=(), models=(), judges=()):
+    """UserError unless all of them are there; what belongs to the embedded world is made when it is needed."""
+    for check, names in ((check_source, files), (check_model, models), (check_judge, judges)):
+        for name in names:
+            if name not in toy.FILES | toy.MODELS:
+                check(name)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,7 +158,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _build_parser(options_class):
     parser = _Parser(description=options_class.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file of options, a diff against the defaults")
+    parser.add_argument(
+        "--config", default=dataclasses.MISSING, help="YAML file of options, a diff against the defaults"
+    )
     for field in dataclasses.fields(options_class):
         flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
         default = dataclasses.MISSING  # keeps "not given" apart from any value
@@ -49,23 +174,20 @@ def _build_parser(options_class):
     return parser
 
 
-def _config_as_flags(path, names):
-    """The configuration file as a list of flags, so that one parser checks both."""
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 is no date
-        raise UserError(f"--config {path} is not YAML: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"--config {path} must hold lines of the form 'option: value'")
-    flags = []
-    for key, value in config.items():
+def _parse(parser, flags):
+    """{name: value} of the flags that are given."""
+    return {name: v for name, v in vars(parser.parse_args(flags)).items() if v is not dataclasses.MISSING}
+
+
+def _parse_mapping(parser, mapping, options_class, where):
+    """The same for {option: value}, through flags, so that one parser checks both."""
+    names, flags = [field.name for field in dataclasses.fields(options_class)], []
+    for key, value in mapping.items():
         name = str(key).replace("-", "_")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists the options"
-            raise UserError(f"--config {path}: unknown key {key!r}; {hint}")
+            raise UserError(f"{where}: unknown key {key!r}; {hint}")
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(flag if value else "--no-" + flag[2:])
@@ -73,11 +195,45 @@ def _config_as_flags(path, names):
             flags += [flag, *map(str, value)]
         else:
             flags.append(f"{flag}={'' if value is None else value}")
-    return flags
+    try:
+        return _parse(parser, flags)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _read_config(path):
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 is no date
+        raise UserError(f"--config {path} is not YAML: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--config {path} must hold lines of the form 'option: value'")
+    return config
+
+
+def _interrupted(parser, options_class, values):
+    """The options of the run that --resume goes on with; UserError where one of `values` would change its result."""
+    path = Path(values.get("out", ""), "run.json")
+    if not values.get("out") or not path.exists():
+        return values
+    run = read_json(path)
+    if run.get("script") != options_class.script or not isinstance(run.get("options"), dict):
+        raise UserError(f"--resume: {path} is not that of a run of {options_class.script}; name its --out")
+    stored = _parse_mapping(parser, run["options"], options_class, path)
+    free = ("out", "device", "resume", "save_every")  # what the result does not depend on
+    differ = [f"--{name.replace('_', '-')} is {stored.get(name)!r} there, not {value!r}"
+              for name, value in values.items()
+              if name not in free and value not in ("auto", "", []) and value != stored.get(name)]  # fmt: skip
+    if differ:
+        raise UserError(f"--resume goes on with the options of the run in {values['out']}: {'; '.join(differ)}. "
+                        "Leave them out, or begin a new run")  # fmt: skip
+    return stored | {name: value for name, value in values.items() if name in free}
 
 
 def parse_options(options_class, argv=None):
-    """Defaults, then the --config file, then the flags.
+    """Defaults, then the --config file, then the flags; with --resume, the options of the run instead of defaults.
 
     Dashes and underscores both work in a flag. Raises UserError for an unknown flag or key, a value of the wrong type
     or one out of its range.
@@ -88,16 +244,12 @@ def parse_options(options_class, argv=None):
             name, equals, value = word.partition("=")
             argv[i] = name.replace("_", "-") + equals + value
     parser = _build_parser(options_class)
-    given = vars(parser.parse_args(argv))
-    config, values = given.pop("config"), {}
+    values = _parse(parser, argv)
+    config = values.pop("config", None)
     if config is not None:
-        flags = _config_as_flags(config, [field.name for field in dataclasses.fields(options_class)])
-        try:
-            values = vars(parser.parse_args(flags))
-        except UserError as error:
-            raise UserError(f"--config {config}: {error}") from None
-    values = {name: value for name, value in values.items() if value is not dataclasses.MISSING and name != "config"}
-    values |= {name: value for name, value in given.items() if value is not dataclasses.MISSING}
+        values = _parse_mapping(parser, _read_config(config), options_class, f"--config {config}") | values
+    if values.get("resume"):
+        values = _interrupted(parser, options_class, values)
     options = options_class(**values)
     for field in dataclasses.fields(options):
         value, low, high = getattr(options, field.name), field.metadata["low"], field.metadata["high"]
@@ -105,3 +257,11 @@ def parse_options(options_class, argv=None):
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
             raise UserError(f"--{field.name.replace('_', '-')} must be {bounds}, not {value}")
     return options
+
+
+@one_line_errors
+def refuse_mistakes(options_class):
+    """Check the command line and the files that it names; scripts call this before they import torch."""
+    options = parse_options(options_class)
+    options.check()
+    options.check_rows()

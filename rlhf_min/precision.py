@@ -67,6 +67,17 @@ class Optimizer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, rate)
         self.lr = lr  # of the last step
 
+    def state_dict(self):
+        """Moments, schedule and loss scale."""
+        parts = {name: getattr(self, name).state_dict() for name in ("adam", "schedule", "scaler")}
+        return {**parts, "lr": self.lr}
+
+    def load_state_dict(self, state):
+        """Go on where state_dict was taken."""
+        self.lr = state["lr"]
+        for name in ("adam", "schedule", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+
     def backward(self, loss):
         """Add the gradient of `loss`, a scalar. A loss that is not finite stops the run."""
         if not math.isfinite(loss.item()):

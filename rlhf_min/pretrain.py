@@ -7,24 +7,19 @@ sequences. The loss is next-token cross-entropy, averaged over tokens:  L = −m
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-from .data import batches, pad, read_texts
+from .data import read_texts
 from .errors import UserError, one_line_errors
-from .models import save_model
-from .options import RunOptions, option, parse_options
-from .precision import Optimizer, autocast, resolve_device
-from .runlog import RunLog
-
-EOS, PAD = "<|endoftext|>", "<|pad|>"
+from .options import TrainingOptions, check_names, option, parse_options, refuse_mistakes
 
 
 @dataclass
-class PretrainOptions(RunOptions):
+class PretrainOptions(TrainingOptions):
     """Train a tokenizer and a small GPT-2 on texts."""
+
+    script: ClassVar[str] = "-m rlhf_min.pretrain"
 
     data: str = option("runs/toy/reviews.jsonl", "texts: .jsonl(.gz) with a field 'text', or .txt with a text a line")
     vocab_size: int = option(600, "entries of the BPE vocabulary", low=260)
@@ -36,6 +31,31 @@ class PretrainOptions(RunOptions):
     lr: float = option(3e-3, "AdamW learning rate after a warm-up of 5 %, decayed to 0", low=0)
     weight_decay: float = option(0.01, "AdamW weight decay", low=0)
     seed: int = option(42, "seed of the initial weights and of the order of the texts", low=0, high=2**31 - 1)
+
+    def check(self):
+        super().check()
+        check_names(files=[self.data])
+        if self.width % 32:
+            raise UserError(f"--width {self.width} must be a multiple of 32, the size of a head")
+
+    def check_rows(self):
+        for _ in read_texts(self.data) if Path(self.data).is_file() else ():
+            pass
+
+
+if __name__ == "__main__":
+    refuse_mistakes(PretrainOptions)  # before torch and transformers take their seconds
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from .batches import Batches, pad
+from .models import save_model, trained_weights
+from .precision import Optimizer, autocast, resolve_device
+from .runlog import RunLog
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
 def train_tokenizer(texts, vocab_size):
@@ -75,36 +95,36 @@ def train_language_model(model, rows, pad_token_id, options, log):
     steps = max(1, options.epochs * len(rows) // options.batch_size)
     optimizer = Optimizer(model.parameters(), options.lr, model.device, options.precision, warmup_steps=steps // 20,
                           decay_steps=steps, weight_decay=options.weight_decay)  # fmt: skip
-    stream = batches(rows, options.batch_size, torch.Generator().manual_seed(options.seed))
-    for step in log.progress(range(1, steps + 1), "language model"):
+    stream = Batches(rows, options.batch_size, torch.Generator().manual_seed(options.seed))
+    state = lambda: {"model": trained_weights(model), "optimizer": optimizer, "stream": stream}
+    for step in log.progress("language model", steps, state):
         with autocast(model.device, options.precision):
             loss = language_model_loss(model, next(stream), pad_token_id, model.device)
         optimizer.backward(loss)
         grad_norm, _ = optimizer.step()
         log.step(step=step, loss=loss.item(), grad_norm=grad_norm, learning_rate=optimizer.lr)
-    return steps, loss.item()
+    return steps, log.metrics()[-1]["loss"]
 
 
 @one_line_errors
 def main(argv=None):
     options = parse_options(PretrainOptions, argv)
+    options.check()
     device = resolve_device(options)
-    if options.width % 32:
-        raise UserError(f"--width {options.width} must be a multiple of 32, the size of a head")
-    log = RunLog("pretrain", options)
+    log = RunLog(options)
     texts = list(read_texts(options.data))
-    log.begin()
-    torch.manual_seed(options.seed)
-    tokenizer = train_tokenizer(texts, options.vocab_size)
-    eos = [tokenizer.eos_token_id]
-    rows = [ids + eos for ids in tokenizer(texts)["input_ids"]]
-    # a last piece of one token would have no target, hence - 1
-    rows = [row[i : i + options.max_length] for row in rows for i in range(0, len(row) - 1, options.max_length)]
-    model = build_model(tokenizer, options.layers, options.width, options.max_length).to(device)
-    steps, loss = train_language_model(model, rows, tokenizer.pad_token_id, options, log)
-    save_model(model.eval(), tokenizer, log.folder / "model")
-    parameters = sum(p.numel() for p in model.parameters())
-    log.finish(texts=len(texts), sequences=len(rows), steps=steps, parameters=parameters, loss=loss)
+    with log.running(texts=texts):
+        torch.manual_seed(options.seed)
+        tokenizer = train_tokenizer(texts, options.vocab_size)
+        eos = [tokenizer.eos_token_id]
+        rows = [ids + eos for ids in tokenizer(texts)["input_ids"]]
+        # a last piece of one token would have no target, hence - 1
+        rows = [row[i : i + options.max_length] for row in rows for i in range(0, len(row) - 1, options.max_length)]
+        model = build_model(tokenizer, options.layers, options.width, options.max_length).to(device)
+        steps, loss = train_language_model(model, rows, tokenizer.pad_token_id, options, log)
+        save_model(model.eval(), tokenizer, log.folder / "model")
+        parameters = sum(p.numel() for p in model.parameters())
+        log.finish(texts=len(texts), sequences=len(rows), steps=steps, parameters=parameters, loss=loss)
 
 
 if __name__ == "__main__":

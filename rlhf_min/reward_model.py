@@ -5,16 +5,16 @@ function `package.module.function` with TRL's signature f(prompts, completions, 
 standard deviation of the rating, and 0 for a scalar head and a function.
 """
 
-import importlib
-import sys
-from pathlib import Path
+import traceback
 
 import torch
 
-from .data import apply_chat_template, pad
-from .errors import UserError
+from .batches import pad
+from .data import apply_chat_template
+from .errors import UserError, first_line
 from .losses import rating_mean_std
 from .models import context_length, load_classifier
+from .sources import import_function, is_function
 
 
 def encode_answer(tokenizer, prompt, completion, ended=True, max_length=None, keep="end"):
@@ -100,9 +100,17 @@ class RewardFunction:
     def __init__(self, function, name, device):
         self.function, self.name, self.device = function, name, device
 
+    def __repr__(self):
+        return self.name
+
     def __call__(self, prompts, completions, ended):
         """As RewardModel; UserError where the function does not return one finite number per answer."""
-        values = self.function(prompts=prompts, completions=completions)
+        try:
+            values = self.function(prompts=prompts, completions=completions)
+        except Exception as error:  # somebody else's program: what it raises, and where
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(f"reward function {self.name} raised {type(error).__name__}: {first_line(error)} "
+                            f"({at.filename}, line {at.lineno})") from None  # fmt: skip
         try:
             values = [float(value) for value in values]
         except (TypeError, ValueError):
@@ -118,23 +126,7 @@ class RewardFunction:
 
 def load_judge(spec, device):
     """A judge by name: a run folder, a transformers folder, an adapter, a hub name, or package.module.function."""
-    if not Path(spec).exists() and "/" not in spec and "." in spec:
-        return RewardFunction(_import_function(spec), spec, device)
+    if is_function(spec):
+        return RewardFunction(import_function(spec), spec, device)
     model, tokenizer = load_classifier(spec, device)
     return RewardModel(model, tokenizer)
-
-
-def _import_function(spec):
-    module_name, _, function_name = spec.rpartition(".")
-    sys.path.insert(0, "")  # so that a module beside the user's prompt is found, as python -m does
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ModuleNotFoundError, ValueError, TypeError) as error:  # the latter two for leading dots
-        raise UserError(f"{spec}: {error}; a reward is a model folder or package.module.function") from None
-    except AttributeError:
-        raise UserError(f"{spec}: module {module_name} has no function {function_name}") from None
-    finally:
-        sys.path.remove("")
-    if not callable(function):
-        raise UserError(f"{spec} is not a function")
-    return function

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .data import pad
+from .batches import pad
 from .errors import UserError
 
 

@@ -1,11 +1,16 @@
-"""What a run leaves behind: run.json, metrics.jsonl (a line a step), summary.json."""
+"""What a run leaves behind, run.json, metrics.jsonl (a line a step) and summary.json, and how it is resumed."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,21 +19,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from .errors import UserError
-
-
-def free_folder(out, script):
-    """`out` if nothing is there, else UserError; without `out` the first free runs/<script>-N."""
-    if not out:
-        numbers = (n for n in range(1, 10**6) if not Path("runs", f"{script}-{n}").exists())
-        return Path("runs", f"{script}-{next(numbers)}")
-    folder = Path(out)
-    for path in (folder, *folder.parents):
-        if path.is_file():
-            raise UserError(f"--out {out} cannot be made: {path} is a file; name a new folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--out {out} holds another run or other files; name a new folder, or remove that one")
-    return folder
+from .checkpoint import RandomState, fingerprint, load_checkpoint, restore, save_checkpoint, snapshot, whole
+from .errors import Stopped, UserError, explain
+from .options import TrainingOptions
+from .sources import read_json
 
 
 def git_commit():
@@ -41,44 +35,156 @@ def git_commit():
 
 
 class RunLog:
-    """The folder of a run and what is written to it: nothing before `begin`, when all input has been read."""
+    """The folder of a run and what is written to it: nothing before `running`, when all input has been read.
 
-    def __init__(self, script, options):
-        self.script, self.options = script, options
-        self.folder = free_folder(options.out, script)
-        self.start = time.perf_counter()
+    `<folder>/checkpoint/` holds what --resume continues from; it is gone when the run has finished.
+    """
+
+    def __init__(self, options):
+        self.options, self.folder = options, options.folder()
+        self.save_every = options.save_every if isinstance(options, TrainingOptions) else 0
+        self._checkpoints = self.folder / "checkpoint"
+        self._start = self._last_step = time.perf_counter()
+        self._saved = None  # the state of the loop that was interrupted, until that loop has taken it
+        self._in_step = self._stop = False
         self._bar = None
 
-    def begin(self):
-        """Make the folder and write run.json."""
+    @contextlib.contextmanager
+    def running(self, **inputs):
+        """`with log.running(...):` make the folder and run.json, or go on in them; an error says how to go on.
+
+        inputs: models and data, whose fingerprints must be those of the interrupted run.
+        """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.folder} cannot be made: {error.strerror}") from None
+            self._begin({name: fingerprint(value) for name, value in inputs.items()})
+            with self._signals():
+                yield
+        except (Exception, KeyboardInterrupt) as error:
+            known = explain(error)
+            if known is None:
+                raise
+            raise type(known)(f"{known}{self._how_to_go_on()}") from None
+        finally:
+            if self._bar is not None:
+                self._bar.close()
+
+    def _begin(self, inputs):
         versions = {"python": platform.python_version()}
         versions |= {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
         run = {
-            "script": self.script,
+            "script": self.options.script,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "options": dataclasses.asdict(self.options) | {"out": str(self.folder)},
+            "inputs": inputs,
             "commit": git_commit(),
             "versions": versions,
             "threads": torch.get_num_threads(),
         }
-        self._write("run.json", run)
-        self._metrics = open(self.folder / "metrics.jsonl", "w", encoding="ascii", buffering=1)  # noqa: SIM115
+        path, offset = self.folder / "run.json", 0
+        if path.exists():
+            begun = read_json(path)
+            differ = [name for name, value in inputs.items() if begun.get("inputs", {}).get(name) != value]
+            if differ:
+                raise UserError(f"--resume: {', '.join(differ)}: not what the run in {self.folder} began with; "
+                                "put it back, or begin a new run")  # fmt: skip
+            if any(begun.get(key) != run[key] for key in ("commit", "versions", "threads")):
+                print(f"note: commit, versions or threads are not those of {path}; the figures may differ in their "
+                      "last digits", file=sys.stderr)  # fmt: skip
+            state = self._checkpoints / "state.pt"
+            if state.exists():
+                self._saved = load_checkpoint(state, self.options.device)
+                offset = self._saved["metrics_bytes"]
+                for name in self._saved["kept"]:
+                    if not (self._checkpoints / name).exists():
+                        raise UserError(
+                            f"{self._checkpoints}/{name} is missing; remove {self._checkpoints} to begin anew"
+                        )
+                self._start -= self._saved["seconds"]
+                print(f"resumed: {self._saved['title']}, after step {self._saved['step']}")
+        else:
+            self._write("run.json", run)
+        self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
+        if self._metrics.tell() < offset:
+            raise UserError(f"{self.folder}/metrics.jsonl has lost lines that the checkpoint knows; begin a new run")
+        self._metrics.truncate(offset)  # steps after the checkpoint are done again
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """Ctrl-C or SIGTERM in a step lets the step finish and be saved; a second one stops at once."""
+
+        def stop(number, frame):
+            if not self._in_step or self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+            print("\nfinishing this step, to save it; once more stops at once", file=sys.stderr)
+
+        if not self.save_every or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _how_to_go_on(self):
+        if not self.save_every or not (self.folder / "run.json").exists():
+            return ""
+        return f"; to go on: python {self.options.script} --out {self.folder} --resume"
 
     def _write(self, name, values):
-        (self.folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="ascii")
+        with whole(self.folder / name) as new:
+            new.write_text(json.dumps(values, indent=2) + "\n", encoding="ascii")
 
-    def progress(self, iterable, title):
-        """Iterate with a progress bar on stderr; `step` shows its first figures behind it."""
-        self._bar = tqdm(iterable, desc=title, mininterval=0.5, dynamic_ncols=True)
-        return self._bar
+    def progress(self, title, steps, state=None):
+        """Yield 1, ..., `steps` under a progress bar on stderr, with checkpoints of `state()`; see checkpoint.py.
+
+        A resumed run puts the saved state back into `state()` and goes on with the step behind it.
+        """
+        done = 0
+        if state and self._saved and self._saved["title"] == title:
+            done = self._saved["step"]
+            restore(state() | {"random": RandomState()}, self._saved["state"])
+            self._saved = None
+        self._last_step = time.perf_counter()
+        self._bar = tqdm(desc=title, initial=done, total=steps, mininterval=0.5, dynamic_ncols=True)
+        for step in range(done + 1, steps + 1):
+            self._in_step = True
+            yield step
+            self._in_step = False
+            self._bar.update()
+            due = self.save_every and (step % self.save_every == 0 or step == steps or self._stop)
+            if state and due:
+                self._save(title, step, state())
+            if self._stop:
+                raise Stopped(f"stopped after step {step} of {steps}, {title}")
+        self._bar.close()
+
+    def _save(self, title, step, state):
+        os.fsync(self._metrics.fileno())
+        save_checkpoint(
+            self._checkpoints / "state.pt", title=title, step=step, metrics_bytes=self._metrics.tell(),
+            kept=[path.name for path in self._checkpoints.glob("*.pt")], seconds=time.perf_counter() - self._start,
+            state=snapshot(state | {"random": RandomState()}),
+        )  # fmt: skip
+
+    def once(self, name, make, *args):
+        """make(*args), or what it returned before the run was interrupted: tensors, numbers, texts, in dicts, lists."""
+        path = self._checkpoints / f"{name}.pt"
+        if path.exists():
+            return load_checkpoint(path, self.options.device)["value"]
+        value = make(*args)
+        if self.save_every:
+            save_checkpoint(path, value=value)
+        return value
 
     def step(self, show=("loss",), **metrics):
         """Write a line of metrics.jsonl; names in `show` go behind the progress bar, too."""
-        self._metrics.write(json.dumps(_finite(metrics)) + "\n")
+        now = time.perf_counter()
+        metrics["step_seconds"], self._last_step = round(now - self._last_step, 4), now
+        self._metrics.write(json.dumps(_finite(metrics)).encode() + b"\n")
+        self._metrics.flush()
         if self._bar is not None:
             self._bar.set_postfix({name: f"{metrics[name]:.3f}" for name in show}, refresh=False)
 
@@ -88,9 +194,10 @@ class RunLog:
 
     def finish(self, **summary):
         """Write summary.json, and say where everything is."""
-        summary["wall_seconds"] = round(time.perf_counter() - self.start, 1)
+        summary["wall_seconds"] = round(time.perf_counter() - self._start, 1)
         self._write("summary.json", _finite(summary))
         self._metrics.close()
+        shutil.rmtree(self._checkpoints, ignore_errors=True)
         print(f"written to {self.folder}/: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
 
 

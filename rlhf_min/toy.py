@@ -16,7 +16,6 @@ import re
 import shutil
 from pathlib import Path
 
-from . import pretrain
 from .data import write_jsonl
 
 FOLDER = Path("runs/toy")
@@ -27,6 +26,7 @@ FILES = {REVIEWS, TRAIN_PAIRS, EVAL_PAIRS, PROMPTS}
 POLICY, REWARD_MODEL, ORDINAL_REWARD_MODEL = (
     str(FOLDER / name) for name in ("policy", "reward_model", "ordinal_reward_model")
 )
+MODELS = {POLICY, REWARD_MODEL, ORDINAL_REWARD_MODEL}
 
 GENRES = ("comedy", "drama", "thriller", "western", "musical", "mystery", "romance", "documentary")
 HEROES = ("farmer", "pilot", "teacher", "doctor", "painter", "sailor", "singer", "detective", "widow", "soldier",
@@ -169,12 +169,6 @@ def ensure_texts():
     """Write the world's texts, within a second, unless they are there."""
     if not Path(PROMPTS).exists():  # the last file that write_world writes
         write_world(FOLDER)
-
-
-def ensure_policy():
-    """Make the world's policy, a tiny GPT-2 trained on its reviews, unless it is cached."""
-    ensure_texts()
-    ensure_run(POLICY, pretrain.main)
 
 
 def ensure_run(folder, main, flags=()):

@@ -196,7 +196,9 @@ CASES = {
     "front of another script": Case(
         "evaluate", "--policies --front old", "--front old", {"old/run.json": b'{"options": {"data": "x"}}'}
     ),
-    "front with a broken run.json": Case("evaluate", "--policies --front old", "--front old", {"old/run.json": b"[1]"}),
+    "front with a broken run.json": Case(
+        "evaluate", "--policies --front old", "old/run.json cannot", {"old/run.json": b"[1]"}
+    ),
     "front of an unfinished run": Case(
         "evaluate", "--policies --front old", "no merged/ in it", {"old/run.json": b'{"options": {"policy": "policy"}}'}
     ),
@@ -287,7 +289,7 @@ CASES = {
     "judge's adapter without its base": Case("warp", "--reward-model orphan_judge", "gone/base: no such folder"),
     "judge's adapter as policy": Case("reinforce", "--policy adapted_judge", "adapted_judge"),
     "broken adapter": Case(
-        "reinforce", "--policy old", "old is not an adapter in PEFT's format", {"old/adapter_config.json": b"{oops"}
+        "reinforce", "--policy old", "old/adapter_config.json cannot be read", {"old/adapter_config.json": b"{oops"}
     ),
     # reward models
     "unknown head": Case("rm", "--head ternary", "--head: invalid choice: 'ternary'"),
@@ -372,8 +374,8 @@ def workplace(tmp_path, monkeypatch, models_folder):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__("sys").modules, "functions", raising=False)
-    for name in ("rlhf_min.toy.ensure_run", "rlhf_min.toy.ensure_policy"):
-        monkeypatch.setattr(name, lambda: pytest.fail("built the embedded world"))
+    for name in ("rlhf_min.toy.ensure_run", "rlhf_min.toy.ensure_texts"):
+        monkeypatch.setattr(name, lambda *arguments: pytest.fail("built the embedded world"))
     return tmp_path
 
 
@@ -415,7 +417,8 @@ def test_the_flags_of_this_file_are_right(workplace, script, capsys):
 def test_own_pairs_are_validated_on_own_pairs(workplace, monkeypatch):
     """T26: with pairs of one's own on the default base, the validation pairs are held out of them, as --help says."""
     shutil.copytree("policy", "runs/toy/policy")
-    monkeypatch.setattr("rlhf_min.toy.ensure_policy", lambda: None)
+    for name in ("ensure_run", "ensure_texts"):
+        monkeypatch.setattr(f"rlhf_min.toy.{name}", lambda *arguments: None)
     flags = FLAGS["rm"].replace("--base policy ", "")
     train_rm.main([*flags.split(), "--accept-weak"])
     assert json.loads((workplace / "out" / "summary.json").read_text())["eval_pairs"] == 6

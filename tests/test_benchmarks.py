@@ -19,7 +19,7 @@ from rlhf_min.data import Pair, Prompt, write_jsonl
 from rlhf_min.models import get_weights, load_policy
 from rlhf_min.reward_model import encode_answer
 
-QUIET = SimpleNamespace(progress=lambda steps, _: steps, step=lambda show, **line: None)
+QUIET = SimpleNamespace(progress=lambda title, steps, state=None: range(1, steps + 1), step=lambda show, **line: None)
 TEXTS = ("I", "The", "The film", "The film was")
 
 

@@ -10,19 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlhf_min.batches import Batches, pad
 from rlhf_min.data import (
     Pair,
-    batches,
     encode_prompt,
     load_pairs,
     load_prompts,
-    pad,
     read_rows,
     read_texts,
-    split_prompts,
     write_jsonl,
 )
 from rlhf_min.errors import UserError
+from rlhf_min.inputs import split_prompts
 
 EXOTIC = "first\u0085second\u2028third\x0bfourth\x1cfifth\rsixth"
 USER, GOOD, BAD = ({"role": role, "content": text} for role, text in
@@ -265,7 +264,6 @@ def test_a_prompt_that_is_left_out_may_have_too_many_tokens(tmp_path, tiny_token
     "row, prompt_tokens, fragment",
     [
         ({"prompt": "The film was great fun. " * 9}, 3, "p.jsonl, line 1: the prompt has"),
-        ({"prompt": "I"}, 16, "--prompt-tokens 16 leaves no room"),
         ({"text": "I"}, 9, "lower --prompt-tokens"),
         ({"prompt": [USER]}, 3, "no chat template"),
         ({"prompt": [USER, GOOD]}, 3, "must be the user's"),
@@ -317,7 +315,7 @@ def test_too_few_prompts_to_hold_out(tmp_path, tiny_tokenizer):
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 10, 25])
 def test_batches_visit_every_item_once_an_epoch(batch_size):
     """T59: the loader advances: in every epoch of N items each comes once, whether or not the batch divides N."""
-    stream = batches(list(range(10)), batch_size, generator())
+    stream = Batches(list(range(10)), batch_size, generator())
     drawn = list(islice(stream, 20))
     assert all(len(batch) == batch_size for batch in drawn)
     items = [item for batch in drawn for item in batch]
@@ -327,7 +325,7 @@ def test_batches_visit_every_item_once_an_epoch(batch_size):
 
 def test_two_consecutive_batches_differ():
     """T59: two consecutive batches differ, and so do the orders of two epochs."""
-    stream = batches(list(range(100)), 50, generator())
+    stream = Batches(list(range(100)), 50, generator())
     first, second, third, fourth = islice(stream, 4)
     assert not set(first) & set(second)
     assert first + second != third + fourth
@@ -335,7 +333,7 @@ def test_two_consecutive_batches_differ():
 
 def test_order_repeats_with_the_seed_and_differs_between_seeds():
     """T51: the order of the prompts is a function of the seed, and two seeds give two orders."""
-    orders = [list(islice(batches(list(range(30)), 10, generator(seed)), 3)) for seed in (1, 2, 1)]
+    orders = [list(islice(Batches(list(range(30)), 10, generator(seed)), 3)) for seed in (1, 2, 1)]
     assert orders[0] == orders[2]
     assert orders[0] != orders[1]
 
@@ -348,8 +346,8 @@ def test_hub_data_sets_go_through_datasets(monkeypatch):
         calls.append((name, split))
         return [{"chosen": "good", "rejected": "bad"}]
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr("rlhf_min.models.hub_reachable", lambda: True)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, __spec__=True))
+    monkeypatch.setattr("rlhf_min.sources.hub_reachable", lambda: True)
     assert load_pairs("owner/name:validation")[0] == [Pair("", "good", "bad", False)]
     assert list(read_rows("owner/name")) == [("owner/name, row 1", {"chosen": "good", "rejected": "bad"})]
     assert calls == [("owner/name", "validation"), ("owner/name", "train")]
@@ -370,8 +368,8 @@ def test_a_failure_of_datasets_is_one_line(monkeypatch, error):
     def load_dataset(name, split):
         raise error
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr("rlhf_min.models.hub_reachable", lambda: True)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, __spec__=True))
+    monkeypatch.setattr("rlhf_min.sources.hub_reachable", lambda: True)
     with pytest.raises(UserError, match="owner/name") as caught:
         list(read_rows("owner/name:nope"))
     assert "and more" not in str(caught.value)
@@ -386,8 +384,8 @@ def test_missing_datasets_gives_the_sentence_about_the_extra(monkeypatch):
 
 def test_unreachable_hub_is_said_before_datasets_retries(monkeypatch):
     """T69: where the hub cannot be reached, `datasets` is not even asked."""
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace())
-    monkeypatch.setattr("rlhf_min.models.hub_reachable", lambda: False)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__spec__=True))
+    monkeypatch.setattr("rlhf_min.sources.hub_reachable", lambda: False)
     with pytest.raises(UserError, match="hub cannot be reached"):
         list(read_rows("owner/name"))
 
@@ -395,7 +393,7 @@ def test_unreachable_hub_is_said_before_datasets_retries(monkeypatch):
 @pytest.mark.parametrize("source", ["none.jsonl", "owner/none.jsonl", "a/b/none.gz", "./none", "/none/at-all", "none"])
 def test_a_missing_file_is_not_taken_for_a_hub_name(monkeypatch, source):
     """T69: what ends like a file, or has no owner/name, is a missing file."""
-    monkeypatch.setattr("rlhf_min.models.hub_reachable", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr("rlhf_min.sources.hub_reachable", lambda: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match=f"^{re.escape(source)}: no such file"):
         list(read_rows(source))
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_min.data import Prompt, pad
+from rlhf_min.batches import pad
+from rlhf_min.data import Prompt
 from rlhf_min.evaluation import judge_policy, mean_se
 from rlhf_min.models import get_weights
 from rlhf_min.reinforce import (

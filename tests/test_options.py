@@ -13,6 +13,7 @@ from rlhf_min.errors import UserError
 from rlhf_min.options import option, parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
+CHECKS = {"check", "check_rows", "folder", "prompt_files"}
 
 
 @dataclass
@@ -252,8 +253,13 @@ def project_source(module):
 
 @pytest.mark.parametrize("name, classes, text", SCRIPTS, ids=NAMES)
 def test_every_option_is_read(name, classes, text):
-    """T59: every option of a script is read as `options.name`, in the script or in a function that it calls."""
+    """T59: every option of a script is checked, or read as `options.name`, in it or in a function that it calls."""
     source = project_source(importlib.import_module(name))
+    for base in classes[0].__mro__[:-1]:
+        for method in (
+            value for value in vars(base).values() if inspect.isfunction(value) and value.__name__ in CHECKS
+        ):
+            source += inspect.getsource(method).replace("self.", "options.")
     names = [field.name for field in dataclasses.fields(classes[0])]
     unread = [n for n in names if not re.search(rf"\boptions\.{n}\b(?!\s*=[^=])", source)]
     assert unread == []

@@ -281,7 +281,9 @@ def test_baseline_lowers_the_variance():
 def metrics_of(steps, policy, tokenizer, judge, **options):
     """The metrics of the first steps on four prompts of different lengths, at β = 0 unless asked."""
     lines = []
-    log = SimpleNamespace(progress=lambda steps, _: steps, step=lambda show, **line: lines.append(line))
+    log = SimpleNamespace(
+        progress=lambda title, steps, state: range(1, steps + 1), step=lambda show, **line: lines.append(line)
+    )
     options = {"beta": 0.0, "batch_size": 12, "max_length": 12, "temperature": 1.0, "precision": "fp32", **options}
     options = ReinforceOptions(steps=steps, lr=1e-2, **options)
     prompts = [Prompt(tokenizer(text)["input_ids"], text) for text in ("I", "The", "The film", "The film was")]

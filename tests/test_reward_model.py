@@ -21,7 +21,8 @@ from transformers import (
 )
 
 import train_rm
-from rlhf_min.data import Pair, encode_prompt, load_pairs, load_prompts, pad
+from rlhf_min.batches import pad
+from rlhf_min.data import Pair, encode_prompt, load_pairs, load_prompts
 from rlhf_min.errors import UserError
 from rlhf_min.evaluation import judge_policy
 from rlhf_min.losses import ordinal_loss, pairwise_loss
@@ -615,10 +616,11 @@ def test_what_a_reward_function_may_not_return(tmp_path, monkeypatch, body, frag
     assert f"{name}.f" in str(error.value)
 
 
-def test_an_error_inside_a_reward_function_keeps_its_traceback(tmp_path, monkeypatch):
-    """T58: an exception of the user's own function is not swallowed."""
-    judge, _ = function_judge(tmp_path, "return [1 / 0]", monkeypatch)
-    with pytest.raises(ZeroDivisionError):
+def test_an_error_inside_a_reward_function_is_named_with_its_place(tmp_path, monkeypatch):
+    """T58: an exception of the user's own function is not swallowed: its kind, message, file and line are said."""
+    judge, name = function_judge(tmp_path, "return [1 / 0]", monkeypatch)
+    place = r"ZeroDivisionError: division by zero \(.*\.py, line \d+\)"
+    with pytest.raises(UserError, match=f"reward function {name}.f raised {place}"):
         judge(["a"], ["b"], [True])
 
 

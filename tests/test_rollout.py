@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_min.data import pad
+from rlhf_min.batches import pad
 from rlhf_min.models import get_weights, set_weights
 from rlhf_min.reinforce import kl_estimate, policy_gradient_loss, shaped_reward
 from rlhf_min.rollout import (

@@ -1,0 +1,116 @@
+"""Does a run survive kill -9? Kill each script 20 times, resume it, and compare with a run that was left alone.
+
+    python tests/kills.py [train_rm.py train_reinforce.py train_warp.py rlhf_min.pretrain]
+
+Half of the kills come at a random moment, half while a file is being written. Weights, metrics.jsonl and summary.json
+must be equal to the byte, but for fields that end in `seconds`; exit code 1 where they are not. It takes 12 minutes.
+"""
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+KILLS = 20
+SAMPLING = "--batch-size 16 --num-eval-prompts 32 --lr 1e-3 --save-every 3"
+COMMANDS = {
+    "train_rm.py": "--epochs 10 --lora-r 4 --lora-dropout 0.1 --save-every 3 --eval-every 20 --accept-weak",
+    "train_reinforce.py": f"{SAMPLING} --steps 600",
+    "train_warp.py": f"{SAMPLING} --steps 120 --lora-r 4",
+    "rlhf_min.pretrain": "--epochs 4 --batch-size 32 --save-every 3",
+}
+
+
+def without_seconds(value):
+    """A JSON value without what a clock measured, and without the name of the run's folder."""
+    if isinstance(value, dict):
+        return {key: without_seconds(item) for key, item in value.items() if not key.endswith("seconds")}
+    return [without_seconds(item) for item in value] if isinstance(value, list) else value
+
+
+def results(folder):
+    """{file: content} of what must be equal."""
+    found = {}
+    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".png"):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".jsonl":
+            found[name] = [without_seconds(json.loads(line)) for line in path.read_text().splitlines()]
+        elif name == "summary.json":
+            found[name] = without_seconds(json.loads(path.read_text()))
+        elif name != "run.json":
+            found[name] = path.read_bytes()
+    return found
+
+
+def half_written(folder):
+    """The files and folders of the run that are being written, or were when it was killed."""
+    found = set()
+    for path in Path(folder).rglob("*.new"):
+        with contextlib.suppress(FileNotFoundError):  # it got its name just now
+            found.add((path, path.stat().st_ctime_ns))
+    return found
+
+
+def kill_one(process, folder, delay, while_writing):
+    """kill -9 after `delay` seconds, or at the first write after that; (killed, while writing)."""
+    end, stale = time.monotonic() + delay, half_written(folder)
+    while process.poll() is None:
+        if time.monotonic() > end and (not while_writing or half_written(folder) - stale):
+            process.kill()
+            process.wait()
+            return True, bool(half_written(folder) - stale)
+        time.sleep(0.0005)
+    return False, False
+
+
+def survive(start, folder, delays, rng):
+    """Start, kill, start again, ...; at last let it finish. Returns (kills, kills while writing)."""
+    kills = written = 0
+    for i, (low, high) in enumerate(delays):
+        killed, writing = kill_one(start(), folder, rng.uniform(low, high), while_writing=i % 2 == 1)
+        kills, written = kills + killed, written + writing
+    process = start()
+    if process.wait() != 0:
+        raise RuntimeError(f"the resumed run ended with {process.returncode}")
+    return kills, written
+
+
+def main():
+    names, failed, rng = sys.argv[1:] or list(COMMANDS), 0, random.Random(0)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as temporary:
+        world = "from rlhf_min import toy; import train_rm; train_rm.prepare_inputs([], toy.MODELS)"
+        subprocess.run([sys.executable, "-c", world], cwd=temporary, env=environment, check=True, capture_output=True)
+
+        def start(name, out):
+            program = ["-m", name] if name.startswith("rlhf_min") else [str(ROOT / name)]
+            command = [sys.executable, *program, *COMMANDS[name].split(), "--out", out, "--resume"]
+            with open(Path(temporary, "output.txt"), "w") as log:
+                return subprocess.Popen(command, cwd=temporary, env=environment, stdout=log, stderr=log)
+
+        for name in names:
+            alone, killed = Path(temporary, f"{name}-alone"), Path(temporary, f"{name}-killed")
+            begun = time.monotonic()
+            if start(name, alone).wait() != 0:
+                raise SystemExit(Path(temporary, "output.txt").read_text())
+            share = (time.monotonic() - begun) / KILLS
+            # a process needs some 5 seconds to its first step; the later kills let it get a bit further
+            delays = [(2, 5 + 2 * share)] * KILLS
+            kills, written = survive(lambda: start(name, killed), killed, delays, rng)  # noqa: B023
+            one, other = results(alone), results(killed)
+            differ = sorted(file for file in one.keys() | other.keys() if one.get(file) != other.get(file))
+            print(f"{name}: killed {kills} times, {written} while writing; {len(one)} files, "
+                  f"{len(other['metrics.jsonl'])} steps: {'DIFFERENT ' + ', '.join(differ) if differ else 'equal'}",
+                  flush=True)  # fmt: skip
+            failed += bool(differ) or kills < KILLS
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -69,14 +69,12 @@ class Optimizer:
 
     def state_dict(self):
         """Moments, schedule and loss scale."""
-        parts = {name: getattr(self, name).state_dict() for name in ("adam", "schedule", "scaler")}
-        return {**parts, "lr": self.lr}
+        return {name: getattr(self, name).state_dict() for name in ("adam", "schedule", "scaler")}
 
     def load_state_dict(self, state):
         """Go on where state_dict was taken."""
-        self.lr = state["lr"]
-        for name in ("adam", "schedule", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
 
     def backward(self, loss):
         """Add the gradient of `loss`, a scalar. A loss that is not finite stops the run."""

@@ -104,6 +104,13 @@ class RunLog:
         else:
             self._write("run.json", run)
         self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+
+            try:
+                fcntl.flock(self._metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.folder} belongs to a run that is going on; wait for it, or stop it") from None
         if self._metrics.tell() < offset:
             raise UserError(f"{self.folder}/metrics.jsonl has lost lines that the checkpoint knows; begin a new run")
         self._metrics.truncate(offset)  # steps after the checkpoint are done again

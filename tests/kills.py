@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KILLS = 20
 SAMPLING = "--batch-size 16 --num-eval-prompts 32 --lr 1e-3 --save-every 3"
 COMMANDS = {
-    "train_rm.py": "--epochs 10 --lora-r 4 --lora-dropout 0.1 --save-every 3 --eval-every 20 --accept-weak",
-    "train_reinforce.py": f"{SAMPLING} --steps 600",
+    "train_rm.py": "--epochs 16 --lora-r 4 --lora-dropout 0.1 --save-every 3 --eval-every 20 --accept-weak",
+    "train_reinforce.py": f"{SAMPLING} --steps 800",
     "train_warp.py": f"{SAMPLING} --steps 120 --lora-r 4",
     "rlhf_min.pretrain": "--epochs 4 --batch-size 32 --save-every 3",
 }

@@ -143,7 +143,31 @@ MUTANTS = [
     ("evaluation", "error * math.sqrt(len(reference))", "error"),
     ("evaluation", "(mean_se(values)[0] - mean) /", "(mean - mean_se(values)[0]) /"),
     ("evaluation", "with lora_disabled(reference):", "with lora_disabled(policy):"),
+    ("batches", 'self.queue = state["queue"]', "pass"),
+    ("batches", 'self.generator.set_state(state["generator"].cpu())', "pass"),
+    ("checkpoint", "        _remove(new)\n        raise", "        raise"),
+    ("checkpoint", "            _sync(part)\n", "            pass\n"),
+    ("checkpoint", "weights_only=True", "weights_only=False"),
+    ("checkpoint", "            target.copy_(value)\n", "            pass\n"),
+    ("checkpoint", "            target.load_state_dict(value)\n", "            pass\n"),
+    ("checkpoint", "            state[name] = value\n", "            pass\n"),
+    ("checkpoint", '        random.setstate(state["python"])\n', ""),
+    ("checkpoint", '        numpy.random.set_state(state["numpy"])\n', ""),
+    ("checkpoint", '        torch.set_rng_state(state["torch"].cpu())\n', ""),
+    ("checkpoint", "            digest.update(tensor", "            repr(tensor"),
+    ("runlog", "        self._metrics.truncate(offset)", "        pass"),
+    ("runlog", "metrics_bytes=self._metrics.tell()", "metrics_bytes=0"),
+    ("runlog", "step == steps or self._stop", "self._stop"),
+    ("runlog", "step == steps or self._stop", "step == steps"),
+    ("runlog", "range(done + 1, steps + 1)", "range(done or 1, steps + 1)"),
+    ("runlog", 'and self._saved["title"] == title', ""),
+    ("runlog", ".get(name) != value]", ".get(name) == value]"),
+    ("runlog", "self._start -= self._saved", "self._start += self._saved"),
+    ("runlog", "if not self._in_step or self._stop:", "if self._stop:"),
+    ("runlog", "        if path.exists():\n            return", "        if False:\n            return"),
+    ("runlog", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
 ]  # fmt: skip
+TESTS = {"lora": ["lora"], "batches": ["data", "rollout", "resume"], "checkpoint": ["resume"], "runlog": ["resume"]}
 
 
 def passes(folder, test):
@@ -174,7 +198,8 @@ def survives(mutant):
             if text.count(replacement[0]) != 1:
                 return None
             path.write_text(text.replace(*replacement), encoding="utf-8")
-        return passes(folder, module) and (module == "lora" or passes(folder, "enumeration"))
+        tests = TESTS.get(module, [module, "enumeration"])
+        return all(passes(folder, test) for test in tests)
 
 
 def main():

@@ -1,0 +1,652 @@
+"""A run survives: interrupted anywhere, by anything, and resumed, it ends with the bytes of one that was left alone."""
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+import rlhf_min.pretrain
+import train_reinforce
+import train_rm
+import train_warp
+from rlhf_min import checkpoint, reward_model, runlog
+from rlhf_min.batches import Batches
+from rlhf_min.checkpoint import RandomState, fingerprint, load_checkpoint, restore, save_checkpoint, snapshot, whole
+from rlhf_min.precision import Optimizer
+from tests.kills import results, survive
+
+SAMPLING = "--batch-size 4 --num-eval-prompts 4 --max-length 13 --lr 1e-3 --save-every 2"
+RUNS = {
+    "rm": (train_rm, "--epochs 3 --batch-size 40 --lora-r 2 --lora-dropout 0.1 --save-every 2 --eval-every 3 "
+                     "--accept-weak"),
+    "reinforce": (train_reinforce, f"{SAMPLING} --steps 5"),
+    "warp": (train_warp, f"{SAMPLING} --steps 3"),
+    "lora-warp": (train_warp, f"{SAMPLING} --steps 3 --lora-r 2"),
+    "pretrain": (rlhf_min.pretrain, "--epochs 1 --batch-size 64 --save-every 2 --width 32"),
+}  # fmt: skip
+
+
+class Crash(BaseException):
+    """What nothing catches: the process is gone, as far as the run can tell."""
+
+
+def run(name, out, *flags):
+    module, own = RUNS[name]
+    module.main([*own.split(), *flags, "--out", str(out)])
+
+
+def resume(name, out, *flags):
+    run(name, out, *flags, "--resume")
+
+
+@pytest.fixture(scope="session")
+def left_alone(world):
+    """{name: results} of every run, undisturbed."""
+
+    @functools.cache
+    def make(name):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(world)
+            patch.setattr("rlhf_min.plots._pyplot", lambda: None)
+            run(name, f"runs/alone-{name}")
+        return results(world / f"runs/alone-{name}")
+
+    return make
+
+
+def crash_at(patch, owner, name, moment, before=True, error=None):
+    """Let a function fail at its `moment`-th call, before or after it does its work."""
+    function, calls = getattr(owner, name), [0]
+
+    def failing(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == moment and before:
+            raise error or Crash
+        value = function(*args, **kwargs)
+        if calls[0] == moment:
+            raise error or Crash
+        return value
+
+    patch.setattr(owner, name, failing)
+
+
+@contextlib.contextmanager
+def disturbed(*disturbance, **how):
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(patch, *disturbance, **how)
+        yield
+
+
+def one_line(capsys):
+    """The one line on stderr that begins with `error`, apart from progress bars."""
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if line.startswith("error")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def refused(capsys, name, out, *flags):
+    """The line that a command ends with, and its exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(name, out, *flags)
+    assert stop.value.code == 2
+    return one_line(capsys)
+
+
+# files that are whole or not there
+
+
+def test_a_file_is_replaced_when_it_is_complete(tmp_path):
+    """Until the new content is whole the old one stays, and what an earlier kill left half-written is no obstacle."""
+    path = tmp_path / "deep" / "file"
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / ".file.new").mkdir()
+    with whole(path) as new:
+        new.write_text("old")
+        assert not path.exists()
+    with pytest.raises(KeyError), whole(path) as new:
+        new.write_text("half")
+        raise KeyError
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_when_it_is_complete(tmp_path):
+    """The same for a model's folder: nothing of the old one is left in the new one."""
+    path = tmp_path / "model"
+    for name in ("first", "second"):
+        with whole(path) as new:
+            new.mkdir()
+            (new / name).write_text(name)
+    assert [file.name for file in path.iterdir()] == ["second"]
+    with pytest.raises(Crash), whole(path) as new:
+        new.mkdir()
+        raise Crash
+    assert [file.name for file in path.iterdir()] == ["second"] and list(tmp_path.iterdir()) == [path]
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """fsync of the file comes before the rename, that of its folder after it: a power cut leaves old or new."""
+    order = []
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: order.append(path.name))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("rename"), replace(*paths)))
+    with whole(tmp_path / "file") as new:
+        new.write_text("text")
+    assert order == [".file.new", "rename", tmp_path.name]
+
+
+# the state
+
+
+def test_a_checkpoint_is_restored_in_place(tmp_path):
+    """Tensors keep their identity, dictionaries get their numbers back, objects are given to load_state_dict."""
+    generator = torch.Generator().manual_seed(1)
+    weights, numbers, stream = {"w": torch.ones(2)}, {"total": 3.5, "count": 2}, Batches([1, 2, 3], 2, generator)
+    next(stream)
+    state = {"weights": weights, "numbers": numbers, "stream": stream, "kept": {}}
+    save_checkpoint(tmp_path / "c.pt", state=snapshot(state))
+    expected = [next(stream) for _ in range(4)]
+    tensor = weights["w"]
+    tensor.zero_()
+    numbers.update(total=0.0, count=0)
+    state["kept"]["validation"] = 1
+    restore(state, load_checkpoint(tmp_path / "c.pt", "cpu")["state"])
+    assert weights["w"] is tensor and tensor.tolist() == [1.0, 1.0]
+    assert numbers == {"total": 3.5, "count": 2}
+    assert [next(stream) for _ in range(4)] == expected
+
+
+def test_all_random_generators_are_restored(tmp_path):
+    """A reward function may draw from random, numpy or torch; all three go on where they were."""
+    draw = lambda: (
+        random.random(),
+        random.gauss(0, 1),
+        numpy.random.rand(),
+        numpy.random.normal(),
+        torch.rand(3).tolist(),
+    )
+    draw()
+    save_checkpoint(tmp_path / "c.pt", random=snapshot(RandomState()))
+    expected = draw()
+    draw()
+    restore({"random": RandomState()}, {"random": load_checkpoint(tmp_path / "c.pt", "cpu")["random"]})
+    assert draw() == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_optimizer_goes_on_where_it_was(tmp_path, precision):
+    """T55: moments, warm-up, decay and loss scale: ten steps are five and, from a checkpoint, five; one overflows."""
+
+    def begin():
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(3))
+        return weight, Optimizer([weight], 0.1, torch.device("cpu"), precision, 2, 10, weight_decay=0.1)
+
+    def steps(weight, optimizer, numbers):
+        history = []
+        for i in numbers:
+            optimizer.backward((weight - i).square().sum() * (1e36 if i == 3 and precision == "fp16" else 1))
+            history.append((*optimizer.step(), optimizer.lr, weight.tolist(), optimizer.scaler.get_scale()))
+        return history
+
+    weight, optimizer = begin()
+    whole_run = steps(weight, optimizer, range(10))
+    weight, optimizer = begin()
+    first = steps(weight, optimizer, range(5))
+    save_checkpoint(tmp_path / "c.pt", state=snapshot({"weight": {"w": weight.detach()}, "optimizer": optimizer}))
+    weight, optimizer = begin()
+    state = {"weight": {"w": weight}, "optimizer": optimizer}
+    restore(state, load_checkpoint(tmp_path / "c.pt", "cpu")["state"])
+    assert repr(first + steps(weight, optimizer, range(5, 10))) == repr(whole_run)
+    assert [moved for _, moved, *_ in whole_run].count(False) == (precision == "fp16")
+
+
+def test_fingerprints_know_weights_and_data(tiny_policy):
+    """The same inputs have the same fingerprint, in another process, too; one changed weight or token gives another."""
+    before = fingerprint({"a": tiny_policy, "b": [1, "x"]})
+    assert before == fingerprint({"a": tiny_policy, "b": [1, "x"]}) != fingerprint({"a": tiny_policy, "b": [1, "y"]})
+    with torch.no_grad():
+        next(tiny_policy.parameters()).view(-1)[5] += 1e-6
+    assert fingerprint({"a": tiny_policy, "b": [1, "x"]}) != before
+    function = reward_model.RewardFunction(len, "builtins.len", "cpu")
+    assert "0x" not in repr(function)  # no address, which another process would not have
+
+
+# crashes
+
+
+MOMENTS = [
+    ("rm", runlog.RunLog, "step", 3), ("rm", checkpoint.torch, "save", 2), ("rm", train_rm, "save_model", 1),
+    ("reinforce", runlog.RunLog, "step", 4), ("reinforce", train_reinforce, "judge_policy", 2),
+    ("reinforce", runlog, "save_checkpoint", 3), ("warp", runlog.RunLog, "step", 2), ("warp", runlog.RunLog, "step", 5),
+    ("warp", runlog, "save_checkpoint", 3), ("warp", train_warp, "save_policies", 1),
+    ("warp", train_warp, "sweep_front", 1), ("warp", runlog, "save_checkpoint", 6),
+    ("lora-warp", runlog.RunLog, "step", 9), ("lora-warp", train_warp, "save_adapter", 2),
+    ("pretrain", runlog.RunLog, "step", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MOMENTS, ids=lambda case: f"{case[0]}-{case[2]}-{case[3]}")
+def test_a_crash_loses_nothing(in_world, left_alone, tmp_path, case):
+    """Whatever the process was doing when it died, the resumed run ends as one that was left alone, to the byte."""
+    name, owner, function, moment = case
+    expected = left_alone(name)
+    before = MOMENTS.index(case) % 2 == 0
+    with disturbed(owner, function, moment, before=before), pytest.raises(Crash):
+        run(name, tmp_path / "run")
+    resume(name, tmp_path / "run")
+    assert results(tmp_path / "run") == expected
+
+
+def test_a_crash_before_the_first_checkpoint_begins_anew(in_world, left_alone, tmp_path):
+    """The lines that were written before are not kept twice."""
+    with disturbed(runlog.RunLog, "step", 2), pytest.raises(Crash):
+        run("reinforce", tmp_path / "run")
+    assert (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/checkpoint/state.pt").exists()
+    resume("reinforce", tmp_path / "run")
+    assert results(tmp_path / "run") == left_alone("reinforce")
+
+
+def test_many_crashes_in_a_row(in_world, left_alone, tmp_path):
+    """A run that never gets further than three steps at a time arrives all the same."""
+    for _ in range(6):
+        with disturbed(runlog.RunLog, "step", 3), contextlib.suppress(Crash):
+            resume("warp", tmp_path / "run")
+    resume("warp", tmp_path / "run")
+    assert results(tmp_path / "run") == left_alone("warp")
+
+
+def test_nothing_finished_is_done_twice(in_world, tmp_path, monkeypatch):
+    """After three runs of WARP and a checkpoint in the fourth, resuming takes what is left of the fourth: one step."""
+    with disturbed(runlog.RunLog, "step", 12), pytest.raises(Crash):
+        run("warp", tmp_path / "run")
+    steps = []
+    step = Optimizer.step
+    monkeypatch.setattr(Optimizer, "step", lambda self: (steps.append(1), step(self))[1])
+    resume("warp", tmp_path / "run")
+    assert len(steps) == 1
+
+
+class Child:
+    """A forked process as tests/kills.py starts it, without the seconds that a new one imports."""
+
+    returncode = None
+
+    def __init__(self, function, *args):
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        with contextlib.suppress(BaseException), open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
+            function(*args)
+            code = 0
+        os._exit(code)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self):
+        while self.poll() is None:
+            time.sleep(0.002)
+        return self.returncode
+
+
+@pytest.mark.parametrize("name", ["rm", "reinforce", "warp"])
+def test_kill_9(in_world, left_alone, tmp_path, name):
+    """SIGKILL at random moments and while a file is being written; tests/kills.py does it 20 times."""
+    start = lambda: Child(resume, name, tmp_path / "run")
+    kills, _ = survive(start, tmp_path / "run", [(0.02, 0.3)] * 4, random.Random(name))
+    assert kills >= 2
+    assert results(tmp_path / "run") == left_alone(name)
+
+
+def test_a_float16_step_that_overflows_is_resumed_like_any_other(in_world, tmp_path):
+    """T55: a GradScaler skip moves the loss scale, and nothing else; a run that is interrupted behind it repeats."""
+    for out in ("alone", "run"):
+        with disturbed(runlog.RunLog, "step", 4 if out == "run" else 99), contextlib.suppress(Crash):
+            run("reinforce", tmp_path / out, "--precision", "fp16", "--max-length", "24")
+    resume("reinforce", tmp_path / "run", "--precision", "fp16", "--max-length", "24")
+    assert results(tmp_path / "run") == results(tmp_path / "alone")
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert None in [json.loads(line)["grad_norm"] for line in lines[:3]]  # JSON has no infinity
+
+
+# signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(in_world, left_alone, tmp_path, capsys, monkeypatch, number):
+    """The step in which it comes is finished and saved; the command that is printed goes on."""
+    begun = []
+    score = train_reinforce.policy_gradient_loss
+    monkeypatch.setattr(train_reinforce, "policy_gradient_loss",
+                        lambda *inputs: (begun.append(1), len(begun) == 3 and os.kill(os.getpid(), number),
+                                         score(*inputs))[2])  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        run("reinforce", tmp_path / "run")
+    assert stop.value.code == 130 and len(begun) == 3
+    message = one_line(capsys)
+    command = f"python train_reinforce.py --out {tmp_path / 'run'} --resume"
+    assert "stopped after step 3 of 5" in message and message.endswith(f"to go on: {command}")
+    monkeypatch.undo()
+    monkeypatch.chdir(in_world)
+    train_reinforce.main(command.split()[2:])
+    assert results(tmp_path / "run") == left_alone("reinforce")
+
+
+def test_a_second_ctrl_c_stops_at_once(in_world, left_alone, tmp_path, capsys, monkeypatch):
+    """Within the step, which is lost; what was saved before is not. Outside the loop the first one does."""
+
+    def twice(*inputs):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_reinforce, "policy_gradient_loss", twice)
+    with pytest.raises(SystemExit) as stop:
+        run("reinforce", tmp_path / "run")
+    assert stop.value.code == 130 and "stopped; to go on" in one_line(capsys)
+    monkeypatch.undo()
+    monkeypatch.chdir(in_world)
+    with disturbed(train_reinforce, "judge_policy", 1, error=KeyboardInterrupt), pytest.raises(SystemExit):
+        resume("reinforce", tmp_path / "run")
+    resume("reinforce", tmp_path / "run")
+    assert results(tmp_path / "run") == left_alone("reinforce")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# faults
+
+
+@contextlib.contextmanager
+def files_up_to(size):
+    """No file can grow beyond `size` bytes: what a full disk is to a program, with another errno."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("moment, size", [(1, 20_000), (3, 20_000), (2, 500)], ids=["first", "third", "metrics"])
+def test_a_full_disk(in_world, left_alone, tmp_path, capsys, monkeypatch, moment, size):
+    """While a checkpoint or a line of metrics is written: one line; the checkpoint before it is whole and goes on."""
+    step, calls = runlog.RunLog.step, []
+    with contextlib.ExitStack() as stack:
+
+        def limited(self, **metrics):
+            calls.append(1)
+            if len(calls) == moment:
+                stack.enter_context(files_up_to(size))
+            step(self, **metrics)
+
+        monkeypatch.setattr(runlog.RunLog, "step", limited)
+        message = refused(capsys, "reinforce", tmp_path / "run")
+    assert "File too large" in message and message.endswith("--resume")
+    checkpoints = tmp_path / "run/checkpoint"
+    assert not list(checkpoints.glob("*.new"))
+    if (checkpoints / "state.pt").exists():
+        load_checkpoint(checkpoints / "state.pt", "cpu")
+    monkeypatch.undo()
+    monkeypatch.chdir(in_world)
+    resume("reinforce", tmp_path / "run")
+    assert results(tmp_path / "run") == left_alone("reinforce")
+
+
+def test_a_full_disk_at_the_end(in_world, left_alone, tmp_path, capsys):
+    """The model cannot be written, in safetensors' own words; the trained weights are in the checkpoint."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with disturbed(train_warp, "save_policies", 1, error=full):
+        assert "No space left on device" in refused(capsys, "warp", tmp_path / "run")
+    resume("warp", tmp_path / "run")
+    assert results(tmp_path / "run") == left_alone("warp")
+
+
+def test_safetensors_on_a_full_disk(tmp_path, tiny_policy, tiny_tokenizer):
+    """What safetensors raises there has no errno, and is a sentence all the same; the old model stays."""
+    from rlhf_min.errors import explain
+    from rlhf_min.models import load_policy, save_model
+
+    save_model(tiny_policy, tiny_tokenizer, tmp_path / "model")
+    with files_up_to(10_000), pytest.raises(Exception) as caught:
+        save_model(tiny_policy, tiny_tokenizer, tmp_path / "model")
+    assert "File too large" in str(explain(caught.value))
+    load_policy(str(tmp_path / "model"), "cpu", 32)
+
+
+def test_a_folder_that_cannot_be_written(in_world, tmp_path, capsys, monkeypatch):
+    """A read-only folder or disk is named before any training."""
+    for kind in (errno.EROFS, errno.EACCES):
+        denied = OSError(kind, os.strerror(kind), "there")
+        with disturbed(Path, "mkdir", 1, error=denied), disturbed(train_warp, "train_policy", 1):
+            assert os.strerror(kind) in refused(capsys, "warp", tmp_path / "run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(in_world, tmp_path, capsys):
+    """The same with a real folder."""
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert "Permission denied" in refused(capsys, "warp", tmp_path / "closed/run")
+
+
+FAULTS = {
+    "a loss that is NaN": ("policy_gradient_loss", "the loss is nan"),
+    "no memory on the device": ("token_logprobs", "out of memory: lower --batch-size or --max-length"),
+    "no memory": ("sample", "out of memory: lower --batch-size or --max-length"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_middle(in_world, left_alone, tmp_path, capsys, fault):
+    """One line with the remedy, the last checkpoint intact; when the cause is gone the run goes on from there."""
+    function, fragment = FAULTS[fault]
+    with pytest.MonkeyPatch.context() as patch:
+        if fault == "a loss that is NaN":
+            loss, calls = train_reinforce.policy_gradient_loss, []
+            patch.setattr(train_reinforce, function, lambda logprobs, *others: (
+                calls.append(1), loss(logprobs * (float("nan") if len(calls) == 4 else 1), *others))[1])  # fmt: skip
+        else:
+            error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore.")
+            error = error if "device" in fault else RuntimeError("DefaultCPUAllocator: can't allocate memory: you ...")
+            crash_at(patch, train_reinforce, function, 6 if function == "token_logprobs" else 4, error=error)
+        message = refused(capsys, "reinforce", tmp_path / "run")
+    assert fragment in message and message.endswith(f"python train_reinforce.py --out {tmp_path / 'run'} --resume")
+    assert load_checkpoint(tmp_path / "run/checkpoint/state.pt", "cpu")["step"] == 2
+    resume("reinforce", tmp_path / "run")
+    assert results(tmp_path / "run") == left_alone("reinforce")
+
+
+def test_a_reward_function_that_fails(in_world, tmp_path, capsys, monkeypatch):
+    """Its error is said with its place, and when it is mended the run goes on; one that draws at random repeats."""
+    source = "import random\ncalls = []\ndef f(prompts, completions, **columns):\n    calls.append(1)\n"
+    values = "    return [random.random() + len(c) for c in completions]\n"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags = ["--reward-model", "rewards.f", "--seed", "5"]
+
+    def load(text):
+        (tmp_path / "rewards.py").write_text(source + text)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        monkeypatch.delitem(__import__("sys").modules, "rewards", raising=False)
+
+    load(values)
+    random.seed(0)
+    run("reinforce", tmp_path / "alone", *flags)
+    for fault, fragment in (
+        ("1 / 0", "raised ZeroDivisionError: division by zero"),
+        ("return [float('nan')] * 4", "returned nan"),
+    ):
+        load(f"    if len(calls) == 5: {fault}\n" + values)
+        random.seed(0)
+        message = refused(capsys, "reinforce", tmp_path / fragment[:5], *flags)
+        assert fragment in message and message.endswith("--resume")
+        load(values)
+        random.seed(1)
+        resume("reinforce", tmp_path / fragment[:5], *flags)
+        assert results(tmp_path / fragment[:5]) == results(tmp_path / "alone")
+
+
+# what --resume refuses
+
+
+@pytest.fixture
+def interrupted(in_world, tmp_path):
+    """A run of REINFORCE that stopped after step 3, with a checkpoint of step 2."""
+    with disturbed(runlog.RunLog, "step", 4), pytest.raises(Crash):
+        run("reinforce", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_only_what_does_not_change_the_result_may_differ(interrupted, left_alone, capsys):
+    """The line names every option that differs, with both values; without options those of the run hold."""
+    message = refused(
+        capsys, "reinforce", interrupted, "--resume", "--lr", "3e-4", "--seed", "1", "--prompts", "p.jsonl"
+    )
+    for part in (
+        "--lr is 0.001 there, not 0.0003",
+        "--seed is 42 there, not 1",
+        "--prompts is 'runs/toy/prompts.jsonl'",
+    ):
+        assert part in message
+    train_reinforce.main(["--out", str(interrupted), "--resume", "--save-every", "1", "--device", "auto"])
+    assert results(interrupted) == left_alone("reinforce")
+
+
+def test_a_config_file_is_compared_too(interrupted, capsys):
+    """An option of the --config file that differs is named like a flag."""
+    (interrupted.parent / "c.yaml").write_text("beta: 0.5\n")
+    message = refused(capsys, "reinforce", interrupted, "--resume", "--config", str(interrupted.parent / "c.yaml"))
+    assert "--beta is 0.05 there, not 0.5" in message
+
+
+def test_other_data_under_the_same_name(interrupted, in_world, capsys):
+    """A file or a model that changed since then is named, and nothing is overwritten."""
+    prompts, before = in_world / "runs/toy/prompts.jsonl", results(interrupted)
+    text = prompts.read_text()
+    try:
+        prompts.write_text("".join(text.splitlines(keepends=True)[1:]))
+        assert "prompts, eval_prompts: not what the run" in refused(capsys, "reinforce", interrupted, "--resume")
+    finally:
+        prompts.write_text(text)
+    assert results(interrupted) == before
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, -1000, -1])
+def test_a_truncated_checkpoint_is_named(interrupted, left_alone, capsys, size):
+    """Nothing is lost by trying; without the folder of checkpoints the run begins anew."""
+    state = interrupted / "checkpoint/state.pt"
+    state.write_bytes(state.read_bytes()[:size])
+    before = results(interrupted)
+    message = refused(capsys, "reinforce", interrupted, "--resume")
+    assert f"{state} is not a whole checkpoint" in message and f"remove the folder {state.parent}" in message
+    assert results(interrupted) == before
+    shutil.rmtree(state.parent)
+    resume("reinforce", interrupted)
+    assert results(interrupted) == left_alone("reinforce")
+
+
+@pytest.mark.parametrize("foreign", [{"weights": torch.ones(2)}, [1, 2], {"format": "another program 7"}])
+def test_a_foreign_checkpoint_is_named(interrupted, capsys, foreign):
+    """A file of torch's that another program wrote is none of ours."""
+    torch.save(foreign, interrupted / "checkpoint/state.pt")
+    assert "is not a whole checkpoint of this program" in refused(capsys, "reinforce", interrupted, "--resume")
+
+
+def test_a_pickle_in_place_of_a_checkpoint_runs_nothing(interrupted, capsys, tmp_path):
+    """A checkpoint is data: one that would run a command on unpickling is refused, and the command not run."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save({"format": checkpoint.FORMAT, "state": Evil()}, interrupted / "checkpoint/state.pt")
+    assert "is not a whole checkpoint" in refused(capsys, "reinforce", interrupted, "--resume")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_lost_lines_and_lost_runs_are_noticed(in_world, tmp_path, capsys):
+    """metrics.jsonl cut short, or a finished run of WARP removed: named, before anything is done twice."""
+    with disturbed(runlog.RunLog, "step", 6), pytest.raises(Crash):
+        run("warp", tmp_path / "run")
+    finished, metrics = tmp_path / "run/checkpoint/iteration-1-run-1.pt", tmp_path / "run/metrics.jsonl"
+    finished.rename(tmp_path / "aside")
+    assert f"{finished} is missing" in refused(capsys, "warp", tmp_path / "run", "--resume")
+    (tmp_path / "aside").rename(finished)
+    os.truncate(metrics, 100)
+    assert "metrics.jsonl has lost lines" in refused(capsys, "warp", tmp_path / "run", "--resume")
+
+
+def test_two_processes_do_not_write_one_run(interrupted, left_alone, capsys):
+    """A second --resume while the first is at work is refused; once that is killed, the next one goes on."""
+    seen, step = [], runlog.RunLog.step
+
+    def second(self, **metrics):
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                refused(capsys, "reinforce", interrupted, "--resume")
+                os._exit(0)
+            os._exit(1)
+        seen.append(os.waitpid(pid, 0)[1])
+        step(self, **metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runlog.RunLog, "step", second)
+        resume("reinforce", interrupted)
+    assert seen == [0] * 3
+    assert results(interrupted) == left_alone("reinforce")
+
+
+def test_resume_begins_where_there_is_nothing_and_leaves_what_is_finished(in_world, left_alone, tmp_path, capsys):
+    """So one command in a loop brings a run to its end; other folders are refused."""
+    resume("rm", tmp_path / "new")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "new").rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        resume("rm", tmp_path / "new")
+    assert stop.value.code == 0 and "has finished: nothing to resume" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "new").rglob("*")} == before
+    assert results(tmp_path / "new") == left_alone("rm")
+    assert "is not that of a run of train_warp.py" in refused(capsys, "warp", tmp_path / "new", "--resume")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("precious")
+    assert "holds another run or other files" in refused(capsys, "rm", tmp_path / "other", "--resume")
+
+
+def test_the_clock_goes_on(in_world, tmp_path, monkeypatch):
+    """wall_seconds of a resumed run counts the time up to its last checkpoint; at the end no checkpoint is left."""
+    with disturbed(runlog.RunLog, "step", 4), pytest.raises(Crash):
+        run("reinforce", tmp_path / "run")
+    path = tmp_path / "run/checkpoint/state.pt"
+    saved = load_checkpoint(path, "cpu")
+    saved.pop("format")
+    save_checkpoint(path, **saved | {"seconds": 1000.0})
+    resume("reinforce", tmp_path / "run")
+    assert 1000 < json.loads((tmp_path / "run/summary.json").read_text())["wall_seconds"] < 1100
+    assert not path.parent.exists()
+
+
+def test_no_checkpoints_on_request(in_world, left_alone, tmp_path):
+    """--save-every 0 writes none, and gives the same result."""
+    saved = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runlog, "save_checkpoint", lambda *args, **values: saved.append(args))
+        run("reinforce", tmp_path / "run", "--save-every", "0")
+    assert saved == [] and results(tmp_path / "run") == left_alone("reinforce")

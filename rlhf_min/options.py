@@ -6,6 +6,7 @@ No torch here, so that a mistake is refused in a fraction of a second.
 import argparse
 import dataclasses
 import difflib
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ class TrainingOptions(RunOptions):
     def check(self):
         super().check()
         if self.resume and Path(self.out, "summary.json").exists():
+            shutil.rmtree(Path(self.out, "checkpoint"), ignore_errors=True)  # in case it was killed at the very end
             print(f"the run in {self.out} has finished: nothing to resume")
             raise SystemExit(0)
 

@@ -47,7 +47,7 @@ class RunLog:
         self._start = self._last_step = time.perf_counter()
         self._saved = None  # the state of the loop that was interrupted, until that loop has taken it
         self._in_step = self._stop = False
-        self._bar = None
+        self._bar = self._metrics = None
 
     @contextlib.contextmanager
     def running(self, **inputs):
@@ -65,8 +65,10 @@ class RunLog:
                 raise
             raise type(known)(f"{known}{self._how_to_go_on()}") from None
         finally:
-            if self._bar is not None:
-                self._bar.close()
+            for handle in (self._bar, self._metrics):
+                if handle is not None:
+                    with contextlib.suppress(OSError):  # what a full disk did not take cannot be flushed now either
+                        handle.close()
 
     def _begin(self, inputs):
         versions = {"python": platform.python_version()}
@@ -203,7 +205,6 @@ class RunLog:
         """Write summary.json, and say where everything is."""
         summary["wall_seconds"] = round(time.perf_counter() - self._start, 1)
         self._write("summary.json", _finite(summary))
-        self._metrics.close()
         shutil.rmtree(self._checkpoints, ignore_errors=True)
         print(f"written to {self.folder}/: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
 

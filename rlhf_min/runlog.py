@@ -82,30 +82,27 @@ class RunLog:
             "versions": versions,
             "threads": torch.get_num_threads(),
         }
-        path, offset = self.folder / "run.json", 0
-        if path.exists():
-            begun = read_json(path)
-            differ = [name for name, value in inputs.items() if begun.get("inputs", {}).get(name) != value]
-            if differ:
-                raise UserError(f"--resume: {', '.join(differ)}: not what the run in {self.folder} began with; "
-                                "put it back, or begin a new run")  # fmt: skip
-            if any(begun.get(key) != run[key] for key in ("commit", "versions", "threads")):
-                print(f"note: commit, versions or threads are not those of {path}; the figures may differ in their "
-                      "last digits", file=sys.stderr)  # fmt: skip
-            state = self._checkpoints / "state.pt"
-            if state.exists():
-                self._saved = load_checkpoint(state, self.options.device)
-                offset = self._saved["metrics_bytes"]
-                for name in self._saved["kept"]:
-                    if not (self._checkpoints / name).exists():
-                        raise UserError(
-                            f"{self._checkpoints}/{name} is missing; remove {self._checkpoints} to begin anew"
-                        )
-                self._start -= self._saved["seconds"]
-                print(f"resumed: {self._saved['title']}, after step {self._saved['step']}")
+        if (self.folder / "run.json").exists():
+            self._compare(read_json(self.folder / "run.json"), run)
         else:
             self._write("run.json", run)
         self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
+        self._lock()
+        if (self._checkpoints / "state.pt").exists():
+            self._load_state()
+        self._metrics.truncate(self._saved["metrics_bytes"] if self._saved else 0)  # what follows is done again
+
+    def _compare(self, begun, run):
+        differ = [name for name, value in run["inputs"].items() if begun.get("inputs", {}).get(name) != value]
+        if differ:
+            raise UserError(f"--resume: {', '.join(differ)}: not what the run in {self.folder} began with; "
+                            "put it back, or begin a new run")  # fmt: skip
+        if any(begun.get(key) != run[key] for key in ("commit", "versions", "threads")):
+            print(f"note: commit, versions or threads are not those in {self.folder}/run.json; figures may differ in "
+                  "their last digits", file=sys.stderr)  # fmt: skip
+
+    def _lock(self):
+        """UserError where another process writes this run. The lock dies with its process."""
         with contextlib.suppress(ImportError):  # Windows has no fcntl
             import fcntl
 
@@ -113,9 +110,17 @@ class RunLog:
                 fcntl.flock(self._metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.folder} belongs to a run that is going on; wait for it, or stop it") from None
-        if self._metrics.tell() < offset:
+
+    def _load_state(self):
+        saved = load_checkpoint(self._checkpoints / "state.pt", self.options.device)
+        missing = [name for name in saved["kept"] if not (self._checkpoints / name).exists()]
+        if missing:
+            raise UserError(f"{self._checkpoints}/{missing[0]} is missing; remove {self._checkpoints} to begin anew")
+        if self._metrics.tell() < saved["metrics_bytes"]:
             raise UserError(f"{self.folder}/metrics.jsonl has lost lines that the checkpoint knows; begin a new run")
-        self._metrics.truncate(offset)  # steps after the checkpoint are done again
+        self._start -= saved["seconds"]
+        self._saved = saved
+        print(f"resumed: {saved['title']}, after step {saved['step']}")
 
     @contextlib.contextmanager
     def _signals(self):
@@ -161,12 +166,14 @@ class RunLog:
         for step in range(done + 1, steps + 1):
             self._in_step = True
             yield step
-            self._in_step = False
             self._bar.update()
-            due = self.save_every and (step % self.save_every == 0 or step == steps or self._stop)
+            due = self.save_every and (step % self.save_every == 0 or step == steps)
             if state and due:
                 self._save(title, step, state())
+            self._in_step = False
             if self._stop:
+                if state and not due:
+                    self._save(title, step, state())
                 raise Stopped(f"stopped after step {step} of {steps}, {title}")
         self._bar.close()
 

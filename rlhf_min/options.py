@@ -6,6 +6,7 @@ No torch here, so that a mistake is refused in a fraction of a second.
 import argparse
 import dataclasses
 import difflib
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -45,9 +46,10 @@ class RunOptions:
             numbers = (n for n in range(1, 10**6) if not Path("runs", f"{name}-{n}").exists())
             return Path("runs", f"{name}-{next(numbers)}")
         folder = Path(self.out)
-        for path in (folder, *folder.parents):
-            if path.is_file():
-                raise UserError(f"--out {self.out} cannot be made: {path} is a file; name a new folder")
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if there.is_file() or not os.access(there, os.W_OK):
+            why = "is a file" if there.is_file() else "cannot be written"
+            raise UserError(f"--out {self.out} cannot be made: {there} {why}; name another folder")
         if folder.is_dir() and any(
             not path.name.endswith(".new") for path in folder.iterdir()
         ):  # .new: see checkpoint.py

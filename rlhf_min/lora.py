@@ -224,7 +224,7 @@ def load_adapter(model, folder):
         except Exception as error:  # of the six kinds that a wrong file can raise here
             raise UserError(f"{folder}: {name} does not fit the model: {first_line(error)}") from None
         _replace(model, name, layer)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # PEFT saves a tied matrix under both its names
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise UserError(f"{folder}: {name} {tuple(tensor.shape)} does not fit the model")

@@ -72,7 +72,10 @@ def _base_of(adapter):
     base = read_adapter(adapter)[0].get("base_model_name_or_path")
     if not isinstance(base, str):
         raise UserError(f"{adapter}: its adapter_config.json names no base_model_name_or_path")
-    return base
+    try:
+        return find_model(base)
+    except UserError as error:
+        raise UserError(f"{adapter} is an adapter on {error}, or run where {base} is") from None
 
 
 def _load_weights(auto_class, name, tokenizer, **config):

@@ -47,14 +47,17 @@ def encode_answer(tokenizer, prompt, completion, ended=True, max_length=None, ke
 def classify(model, tokens, attention_mask):
     """Logits (B, K) of a sequence classifier on right-padded tokens (B, L).
 
-    GPT-2, Llama and their kin pool the last token whose *id* is not pad: with pad = EOS they would not see how an
-    answer ends, and without a pad token they refuse batches. Here the mask says which token is the last. Encoders such
-    as BERT pool the first token themselves.
+    GPT-2, Llama and their kin pool the last token whose *id* is not pad. Somebody's reward model with pad = EOS was
+    trained to pool the token before the EOS, so that is what is read here, too; train_rm.py gives a model a pad token
+    of its own, so that it sees how an answer ends. Without a pad token transformers refuses batches; here the mask says
+    which token is the last. Encoders such as BERT pool the first token themselves.
     """
     if not hasattr(model, "score"):
         return model(input_ids=tokens, attention_mask=attention_mask).logits
     hidden = model.base_model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    last = attention_mask.sum(-1) - 1  # (B,)
+    pad_token_id = model.config.pad_token_id
+    real = attention_mask if pad_token_id is None else attention_mask & (tokens != pad_token_id)  # (B, L)
+    last = (real * torch.arange(tokens.shape[1], device=tokens.device)).argmax(-1)  # (B,)
     return model.score(hidden[torch.arange(len(last), device=last.device), last])  # (B, d) → (B, K)
 
 

@@ -775,7 +775,7 @@ def test_a_base_that_is_gone_is_named(tmp_path, base, adapter):
     """T69: the base that adapter_config.json names is gone: one line with its name."""
     (tmp_path / "base").rename(tmp_path / "moved")
     for load in (lambda name: load_policy(name, CPU, 32), lambda name: load_classifier(name, CPU), load_tokenizer):
-        with pytest.raises(UserError, match=f"^{base}: no such folder"):
+        with pytest.raises(UserError, match=f"{adapter} is an adapter on {base}: no such folder"):
             load(str(adapter))
 
 

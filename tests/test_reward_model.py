@@ -224,9 +224,9 @@ def test_policy_and_judge_with_different_vocabularies(tmp_path, tiny_policy, tin
 
 
 @pytest.mark.parametrize("build", [gpt2, llama])
-@pytest.mark.parametrize("pad_token_id", [None, 0, 1], ids=["pad None", "pad = EOS", "own pad"])
+@pytest.mark.parametrize("pad_token_id", [None, 1], ids=["pad None", "own pad"])
 def test_decoder_classifiers_score_a_batch_like_single_answers(tmp_path, tiny_tokenizer, build, pad_token_id):
-    """T67: a GPT-2 or Llama judge scores a batch as it scores singles, and sees EOS, whatever its config calls pad."""
+    """T67: a GPT-2 or Llama judge scores a batch as it scores singles, and sees EOS."""
     save_model(build(len(tiny_tokenizer), eos_token_id=0, pad_token_id=pad_token_id), tiny_tokenizer, tmp_path)
     judge = load_judge(str(tmp_path), CPU)
     batch, sigma = judge(PROMPTS, ANSWERS, torch.tensor([True, False, True]))
@@ -235,6 +235,18 @@ def test_decoder_classifiers_score_a_batch_like_single_answers(tmp_path, tiny_to
     assert sigma.tolist() == [0.0, 0.0, 0.0]
     other_end, _ = judge(PROMPTS, ANSWERS, torch.tensor([False, True, False]))
     assert (other_end - batch).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_a_foreign_judge_whose_pad_is_eos_is_read_as_it_was_trained(tmp_path, tiny_tokenizer, build):
+    """T67: transformers, and so whoever trained with it, pools the token before the EOS; in a batch as in singles."""
+    model = build(len(tiny_tokenizer), eos_token_id=0, pad_token_id=0)
+    save_model(model, tiny_tokenizer, tmp_path)
+    judge = load_judge(str(tmp_path), CPU)
+    for ended in (True, False):
+        ids = [tiny_tokenizer(p + a)["input_ids"] + [0] * ended for p, a in zip(PROMPTS, ANSWERS)]
+        expected = [model(input_ids=torch.tensor([row])).logits.item() for row in ids]
+        assert judge(PROMPTS, ANSWERS, [ended] * 3)[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_judge_without_a_pad_token_in_its_tokenizer(tmp_path, tiny_tokenizer):

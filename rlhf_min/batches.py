@@ -36,7 +36,7 @@ class Batches:
 
     def state_dict(self):
         """What a checkpoint needs: where in the epoch it is, and the generator, which may be others', too."""
-        return {"queue": self.queue, "generator": self.generator.get_state()}
+        return {"queue": list(self.queue), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state):
         """Go on where state_dict was taken."""

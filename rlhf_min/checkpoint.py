@@ -9,6 +9,7 @@ import hashlib
 import os
 import random
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy
@@ -65,7 +66,8 @@ def save_checkpoint(path, **values):
 def load_checkpoint(path, device):
     """What save_checkpoint wrote, its tensors on `device`; UserError for anything else. Nothing in it can run code."""
     try:
-        values = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what a foreign file may hold
+            values = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # of the six kinds that a broken file raises here
         values = first_line(error)
     if not isinstance(values, dict) or values.get("format") != FORMAT:

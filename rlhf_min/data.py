@@ -47,7 +47,7 @@ def read_rows(source):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_unambiguous)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{source}, line {number}: not JSON ({str(error)[:80]}); one object a line") from None
         if not isinstance(row, dict):
@@ -56,6 +56,13 @@ def read_rows(source):
         yield f"{source}, line {number}", row
     if not count:
         raise UserError(f"{source}: the file is empty; it needs at least one line")
+
+
+def _unambiguous(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a key twice")
+    return row
 
 
 def _read_lines(path):
@@ -189,10 +196,17 @@ def read_texts(source):
         return
     if not Path(source).is_file():
         raise UserError(f"{source}: no such file")
-    lines = [line.decode("utf-8", errors="replace").strip() for line in _read_lines(Path(source))]
-    if not any(lines):
+    count = 0
+    for number, line in enumerate(_read_lines(Path(source)), 1):
+        try:
+            text = line.decode("utf-8").removeprefix("\ufeff").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source}, line {number}: not UTF-8 ({error.reason}); convert the file") from None
+        if text:
+            count += 1
+            yield text
+    if not count:
         raise UserError(f"{source}: the file is empty; it needs at least one line of text")
-    yield from filter(None, lines)
 
 
 def read_prompts(source, max_characters=0):

@@ -54,7 +54,10 @@ def one_line_errors(main):
             known = explain(error)
             if known is None:
                 raise
-            print(f"error: {' '.join(str(known).split())}", file=sys.stderr)
+            line = " ".join(str(known).split())
+            if len(line) > 600:  # it quotes somebody's label of 5,000 characters
+                line = f"{line[:300]} ... {line[-250:]}"
+            print(f"error: {line}", file=sys.stderr)
             raise SystemExit(known.code) from None
 
     return wrapper

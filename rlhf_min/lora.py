@@ -212,13 +212,18 @@ def load_adapter(model, folder):
     The tensors themselves say which modules they belong to. UserError where the model has no such module or shape.
     """
     config, tensors = read_adapter(folder)
-    for name in [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]:
+    adapted = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    if not adapted:
+        raise UserError(f"{folder}: no lora_A and lora_B in its adapter_model.safetensors")
+    for name in adapted:
         a, b = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight", None)
         try:
             base = model.get_submodule(name)
             layer = LoRALayer(base, a.shape[0], config["lora_alpha"], config.get("lora_dropout", 0.0))
             if b is None or layer.lora_A.shape != a.shape or layer.lora_B.shape != b.shape:
                 raise ValueError("no lora_B, or other shapes")
+            if config.get("r") != a.shape[0]:
+                raise ValueError(f"r is {config.get('r')} in its config, {a.shape[0]} in its tensors")
             layer.lora_A.copy_(a)
             layer.lora_B.copy_(b)
         except Exception as error:  # of the six kinds that a wrong file can raise here

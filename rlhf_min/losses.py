@@ -24,7 +24,10 @@ def pairwise_loss(chosen, rejected, margin=None, center_coefficient=0.0):
                 f"rewards and margin must all be (B,), not {tuple(chosen.shape)} and {tuple(tensor.shape)}"
             )
     difference = chosen - rejected if margin is None else chosen - rejected - margin  # (B,)
-    return (-F.logsigmoid(difference) + center_coefficient * (chosen + rejected) ** 2).mean()
+    loss = -F.logsigmoid(difference)  # (B,)
+    if center_coefficient:  # else a huge reward would give 0 · ∞
+        loss = loss + center_coefficient * (chosen + rejected) ** 2
+    return loss.mean()
 
 
 def preference_logprob(chosen_logits, rejected_logits, ties="strict"):

@@ -23,14 +23,14 @@ logging.disable_progress_bar()
 def _load(auto_class, name, **kwargs):
     source = find_model(name)
     try:
-        return auto_class.from_pretrained(source, local_files_only=True, **kwargs)
+        return auto_class.from_pretrained(source, local_files_only=True, trust_remote_code=False, **kwargs)
     except Exception as error:  # unreadable files raise a dozen kinds of exception, from OSError to RuntimeError
         if Path(source).exists():
             raise UserError(f"{name} cannot be loaded: {first_line(error)}") from None
     if not hub_reachable():
         raise UserError(f"{name}: no such folder, not in the hub's cache, and the hub cannot be reached")
     try:
-        return auto_class.from_pretrained(source, **kwargs)
+        return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be loaded from the hub: {first_line(error)}") from None
 
@@ -41,6 +41,8 @@ def load_tokenizer(name):
     if is_adapter(folder) and not Path(folder, "tokenizer_config.json").is_file():
         return load_tokenizer(_base_of(folder))
     tokenizer = _load(AutoTokenizer, name)
+    if not tokenizer.vocab_size:  # transformers makes one of nothing
+        raise UserError(f"{name}: no tokenizer in it, such as tokenizer.json; save the model's own beside it")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(
@@ -59,30 +61,39 @@ def load_policy(name, device, max_length):
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has no EOS token, so no answer could end; set eos_token in its config")
     model = _load_weights(AutoModelForCausalLM, name, tokenizer)
-    _check_vocabulary(name, model, tokenizer)
+    _check_match(name, model, tokenizer)
     if _is_classifier(model):
         raise UserError(f"{name} is a classifier, not a language model; name a policy")
     if max_length > context_length(model):
         raise UserError(f"{name} reads at most {context_length(model)} tokens; lower --max-length {max_length}")
+    eos_token_ids(model, tokenizer)  # UserError for an odd generation config
     return model.to(device).eval(), tokenizer
 
 
 def _base_of(adapter):
-    """What an adapter's folder says that it was trained on."""
-    base = read_adapter(adapter)[0].get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise UserError(f"{adapter}: its adapter_config.json names no base_model_name_or_path")
-    try:
-        return find_model(base)
-    except UserError as error:
-        raise UserError(f"{adapter} is an adapter on {error}, or run where {base} is") from None
+    """What an adapter's folder says that it was trained on, which may be an adapter, too."""
+    chain = [str(adapter)]
+    while is_adapter(chain[-1]):
+        base = read_adapter(chain[-1])[0].get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise UserError(f"{chain[-1]}: its adapter_config.json names no base_model_name_or_path")
+        try:
+            chain.append(find_model(base))
+        except UserError as error:
+            raise UserError(f"{chain[-1]} is an adapter on {error}, or run where {base} is") from None
+        if chain[-1] in chain[:-1]:
+            raise UserError(
+                f"{adapter} is an adapter on itself; mend base_model_name_or_path in its adapter_config.json"
+            )
+    return chain[1]
 
 
 def _load_weights(auto_class, name, tokenizer, **config):
     source = find_model(name)
     if is_adapter(source):
         return _load_adapted(auto_class, source, tokenizer, **config)
-    model, info = _load(auto_class, name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **config)
+    model, info = _load(auto_class, name, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+                        ignore_mismatched_sizes=True, **config)  # fmt: skip
     absent = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
     if config or not _is_classifier(model):  # the head may be new
         absent = {key for key in absent if not is_head(key)}
@@ -91,7 +102,10 @@ def _load_weights(auto_class, name, tokenizer, **config):
     return model
 
 
-def _check_vocabulary(name, model, tokenizer):
+def _check_match(name, model, tokenizer):
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"{name}: {key} is not finite; save the model again")
     embedded = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embedded:
         raise UserError(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds {embedded}: no match")
@@ -134,13 +148,13 @@ def load_classifier(name, device, new_head=0):
     With `new_head` = 1 or K any model will do, and gets such a head. Otherwise UserError for what is no reward model.
     """
     tokenizer = load_tokenizer(name)
-    config = _labels(new_head) | {"ignore_mismatched_sizes": True} if new_head else {}
+    config = _labels(new_head) if new_head else {}
     model = _load_weights(AutoModelForSequenceClassification, name, tokenizer, **config)
     if not new_head and not _is_classifier(model):
         raise UserError(
             f"{name} is a {model.config.architectures}, no sequence classifier; train_rm.py makes one of it"
         )
-    _check_vocabulary(name, model, tokenizer)
+    _check_match(name, model, tokenizer)
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
     if len(labels) > 1 and labels != [str(k + 1) for k in range(len(labels))]:
         raise UserError(f"{name}: a classifier with the labels {', '.join(labels[:3])}, ...; a reward model has one "
@@ -151,7 +165,9 @@ def load_classifier(name, device, new_head=0):
 def eos_token_ids(model, tokenizer):
     """All ids that end an answer: the generation config may list several (stories260K ends a story with id 1)."""
     ids = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(i, int) for i in ids):
+        raise UserError(f"{model.name_or_path}: eos_token_id in its generation_config.json must be a number or a list")
     return sorted({tokenizer.eos_token_id, *ids})
 
 

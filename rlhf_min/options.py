@@ -20,6 +20,8 @@ from .data import read_prompts
 from .errors import UserError, one_line_errors
 from .sources import check_judge, check_model, check_source, read_json
 
+LARGEST = {int: 2**31 - 1, float: 1e30}  # what any number may be: torch's kernels overflow beyond
+
 
 def option(default, help, choices=None, low=None, high=None):
     """A dataclass field with its help text and, where it has one, its closed range [low, high]."""
@@ -50,9 +52,7 @@ class RunOptions:
         if there.is_file() or not os.access(there, os.W_OK):
             why = "is a file" if there.is_file() else "cannot be written"
             raise UserError(f"--out {self.out} cannot be made: {there} {why}; name another folder")
-        if folder.is_dir() and any(
-            not path.name.endswith(".new") for path in folder.iterdir()
-        ):  # .new: see checkpoint.py
+        if any(not path.name.endswith(".new") for path in folder.glob("*")):  # .new: half written, see checkpoint.py
             raise UserError(f"--out {self.out} holds another run or other files; name a new folder, or remove that one")
         return folder
 
@@ -185,18 +185,24 @@ def _parse(parser, flags):
 
 def _parse_mapping(parser, mapping, options_class, where):
     """The same for {option: value}, through flags, so that one parser checks both."""
-    names, flags = [field.name for field in dataclasses.fields(options_class)], []
+    names, flags, seen = [field.name for field in dataclasses.fields(options_class)], [], set()
     for key, value in mapping.items():
         name = str(key).replace("-", "_")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists the options"
             raise UserError(f"{where}: unknown key {key!r}; {hint}")
+        if name in seen:
+            raise UserError(f"{where}: {name} stands there twice")
+        seen.add(name)
         flag = "--" + name.replace("_", "-")
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(item, list | dict) for item in values):
+            raise UserError(f"{where}: {key} must be one value, or a list of such")
         if isinstance(value, bool):
             flags.append(flag if value else "--no-" + flag[2:])
         elif isinstance(value, list):
-            flags += [flag, *map(str, value)]
+            flags += [flag, *map(str, values)]
         else:
             flags.append(f"{flag}={'' if value is None else value}")
     try:
@@ -205,12 +211,20 @@ def _parse_mapping(parser, mapping, options_class, where):
         raise UserError(f"{where}: {error}") from None
 
 
+class _ConfigLoader(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if len({*keys}) < len(keys):
+            raise ValueError(f"a key twice: {max(keys, key=keys.count)}")
+        return super().construct_mapping(node, deep)
+
+
 def _read_config(path):
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        config = yaml.load(Path(path).read_text(encoding="utf-8"), _ConfigLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 is no date
+    except Exception as error:  # of PyYAML's own, and what it lets through: 2024-13-45 is no date
         raise UserError(f"--config {path} is not YAML: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"--config {path} must hold lines of the form 'option: value'")
@@ -256,10 +270,15 @@ def parse_options(options_class, argv=None):
         values = _interrupted(parser, options_class, values)
     options = options_class(**values)
     for field in dataclasses.fields(options):
-        value, low, high = getattr(options, field.name), field.metadata["low"], field.metadata["high"]
+        flag, value = f"--{field.name.replace('_', '-')}", getattr(options, field.name)
+        low, high = field.metadata["low"], field.metadata["high"]
         if (low is not None and not value >= low) or (high is not None and not value <= high):
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise UserError(f"--{field.name.replace('_', '-')} must be {bounds}, not {value}")
+            raise UserError(f"{flag} must be {bounds}, not {value}")
+        if field.type in LARGEST and not abs(value) <= LARGEST[field.type]:
+            raise UserError(f"{flag} must be at most {LARGEST[field.type]}, not {value}")
+        if field.type is str and field.default and not value:
+            raise UserError(f"{flag} is empty; leave it out or give a value")
     return options
 
 

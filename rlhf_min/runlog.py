@@ -55,15 +55,18 @@ class RunLog:
 
         inputs: models and data, whose fingerprints must be those of the interrupted run.
         """
+        how_to_go_on = ""
         try:
             self._begin({name: fingerprint(value) for name, value in inputs.items()})
+            if self.save_every:
+                how_to_go_on = f"; to go on: python {self.options.script} --out {self.folder} --resume"
             with self._signals():
                 yield
         except (Exception, KeyboardInterrupt) as error:
             known = explain(error)
             if known is None:
                 raise
-            raise type(known)(f"{known}{self._how_to_go_on()}") from None
+            raise type(known)(f"{known}{how_to_go_on}") from None
         finally:
             for handle in (self._bar, self._metrics):
                 if handle is not None:
@@ -93,7 +96,8 @@ class RunLog:
         self._metrics.truncate(self._saved["metrics_bytes"] if self._saved else 0)  # what follows is done again
 
     def _compare(self, begun, run):
-        differ = [name for name, value in run["inputs"].items() if begun.get("inputs", {}).get(name) != value]
+        before = begun["inputs"] if isinstance(begun.get("inputs"), dict) else {}
+        differ = [name for name, value in run["inputs"].items() if before.get(name) != value]
         if differ:
             raise UserError(f"--resume: {', '.join(differ)}: not what the run in {self.folder} began with; "
                             "put it back, or begin a new run")  # fmt: skip
@@ -141,11 +145,6 @@ class RunLog:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def _how_to_go_on(self):
-        if not self.save_every or not (self.folder / "run.json").exists():
-            return ""
-        return f"; to go on: python {self.options.script} --out {self.folder} --resume"
 
     def _write(self, name, values):
         with whole(self.folder / name) as new:

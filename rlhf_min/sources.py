@@ -28,8 +28,9 @@ def hub_reachable(timeout=1.0):
     def ask():
         try:
             urllib.request.urlopen(request, timeout=timeout)
-        except urllib.error.HTTPError:
-            pass  # an answer, if an unfriendly one
+        except urllib.error.HTTPError as error:
+            if error.code >= 500:  # of a proxy that has no way to the hub; others are answers, if unfriendly ones
+                return
         except (OSError, ValueError):
             return
         answers.append(True)
@@ -83,8 +84,9 @@ def check_model(name):
         if not cached and not hub_reachable():
             raise UserError(f"{name}: no such folder, not in the hub's cache, and the hub cannot be reached")
         return
-    for path in filter(Path.is_file, (folder / file for file in (*_CONFIGS, "tokenizer_config.json"))):
-        read_json(path)
+    for file in (*_CONFIGS, "tokenizer_config.json", "generation_config.json"):
+        if (folder / file).exists():
+            read_json(folder / file)
     weights = list(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{name}: no .safetensors in it; pickled weights could run code and are not read: convert them")

@@ -3,10 +3,18 @@
 import gzip
 import json
 import os
+import pickle
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -15,14 +23,20 @@ import rlhf_min.pretrain
 import train_reinforce
 import train_rm
 import train_warp
+from rlhf_min.data import load_pairs, load_prompts, read_prompts, read_rows, read_texts
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.lora import add_lora, save_adapter
 from rlhf_min.models import save_model
+from rlhf_min.options import parse_options
 from rlhf_min.pretrain import train_tokenizer
 
 MAINS = {
     "warp": train_warp.main, "reinforce": train_reinforce.main, "rm": train_rm.main, "evaluate": evaluate.main,
     "pretrain": rlhf_min.pretrain.main,
+}  # fmt: skip
+OPTIONS = {
+    "warp": train_warp.WarpOptions, "reinforce": train_reinforce.ReinforceOptions, "rm": train_rm.RewardModelOptions,
+    "evaluate": evaluate.EvaluateOptions, "pretrain": rlhf_min.pretrain.PretrainOptions,
 }  # fmt: skip
 FLAGS = {
     "warp": "--policy policy --reward-model judge --prompts prompts.jsonl --num-eval-prompts 3 --iterations 1 --runs 1 "
@@ -34,6 +48,7 @@ FLAGS = {
     "--prompt-tokens 3 --device cpu --out out",
     "pretrain": "--data texts.txt --vocab-size 300 --layers 1 --width 32 --epochs 1 --device cpu --out out",
 }
+TEXTS = "The film was great.\nI slept.\n" * 10
 FUNCTIONS = """
 def nan(prompts, completions, **columns): return [float("nan")] * len(prompts)
 def few(prompts, completions, **columns): return [1.0]
@@ -54,6 +69,18 @@ class Case(NamedTuple):
 def rows(*values):
     return b"".join(json.dumps(value).encode() + b"\n" for value in values)
 
+
+def run(script, **changes):
+    """The run.json of a run of this file's flags, its options changed."""
+    options_class = OPTIONS[script]
+    options = asdict(parse_options(options_class, FLAGS[script].split())) | changes
+    return json.dumps({"script": options_class.script, "options": options, "inputs": {}}).encode()
+
+
+RUN = "out/run.json"
+LAUGHS = b"judges:\n- &a [ha]\n" + b"".join(
+    b"- &%c [%s]\n" % (98 + i, b", ".join([b"*%c" % (97 + i)] * 10)) for i in range(4)
+)  # fmt: skip
 
 CASES = {
     # files
@@ -331,9 +358,547 @@ CASES = {
         "--policies policy other_words --match-kl 0.1",
         "other_words: --match-kl needs the vocabulary of policy",
     ),
+    # what is nearly right
+    "gzip cut off in the middle": Case(
+        "warp",
+        "--prompts a.jsonl.gz",
+        "a.jsonl.gz cannot be read",
+        {"a.jsonl.gz": gzip.compress(rows(*({"prompt": f"Film {i}"} for i in range(999))))[:2000]},
+    ),
+    "gzip of nothing": Case("rm", "--data a.jsonl.gz", "the file is empty", {"a.jsonl.gz": gzip.compress(b"")}),
+    "a file of 0 bytes named .gz": Case("rm", "--data a.jsonl.gz", "the file is empty", {"a.jsonl.gz": b""}),
+    "texts cut off": Case(
+        "pretrain", "--data a.jsonl.gz", "cannot be read", {"a.jsonl.gz": gzip.compress(rows({"text": "a"}))[:-4]}
+    ),
+    "UTF-16": Case(
+        "warp", "--prompts a.jsonl", "a.jsonl, line 1: not JSON", {"a.jsonl": '{"prompt": "a"}\n'.encode("utf-16")}
+    ),
+    "UTF-16 as configuration": Case(
+        "rm", "--config a.yaml", "--config a.yaml cannot be read", {"a.yaml": "lr: 1e-4\n".encode("utf-16")}
+    ),
+    "Latin-1": Case(
+        "rm", "--data a.jsonl", "line 1: not JSON", {"a.jsonl": '{"text": "fünf", "label": 1}\n'.encode("latin-1")}
+    ),
+    "Latin-1 texts": Case("pretrain", "--data a.txt", "a.txt, line 2", {"a.txt": b"fine\nf\xfcnf\n"}),
+    "only a byte order mark": Case("warp", "--prompts a.jsonl", "a.jsonl", {"a.jsonl": b"\xef\xbb\xbf"}),
+    "line ends of an old Mac": Case(
+        "warp", "--prompts a.jsonl", "line 1: not JSON", {"a.jsonl": b'{"prompt": "a"}\r{"prompt": "b"}\r'}
+    ),
+    "a zero byte behind a row": Case(
+        "warp", "--prompts a.jsonl", "line 1: not JSON", {"a.jsonl": b'{"prompt": "a"}\0\n'}
+    ),
+    "a row over two lines": Case("rm", "--data a.jsonl", "line 1: not JSON", {"a.jsonl": b'{"chosen":\n"a"}\n'}),
+    "a JSON file of one list": Case("rm", "--data a.json", "line 1: list", {"a.json": b'[{"chosen": "a"}]\n'}),
+    "two rows on a line": Case(
+        "rm", "--data a.jsonl", "line 1: not JSON", {"a.jsonl": b'{"text": "a"} {"text": "b"}\n'}
+    ),
+    "deep nesting": Case("rm", "--data a.jsonl", "line 1: not JSON", {"a.jsonl": b'{"a":' * 100_000 + b"\n"}),
+    "a 10 MB line that is no JSON": Case(
+        "rm", "--data a.jsonl", "line 2: not JSON", {"a.jsonl": b"\n" + b"x" * 10_000_000}
+    ),
+    "a number of a million digits": Case(
+        "rm",
+        "--data a.jsonl",
+        "line 1",
+        {"a.jsonl": b'{"chosen": "a", "rejected": "b", "margin": 1%s}\n' % (b"0" * 1_000_000)},
+    ),
+    "a key twice in a row": Case(
+        "warp", "--prompts a.jsonl", "a.jsonl, line 1", {"a.jsonl": b'{"prompt": "a", "prompt": "b"}\n'}
+    ),
+    "an answer twice in a row": Case(
+        "rm", "--data a.jsonl", "a.jsonl, line 1", {"a.jsonl": b'{"chosen": "a", "rejected": "b", "chosen": "c"}\n'}
+    ),
+    "label as text": Case(
+        "rm",
+        "--data a.jsonl",
+        "'label' must be 0 (bad) or 1 (good), but is '1'",
+        {"a.jsonl": rows({"text": "a", "label": "1"})},
+    ),
+    "label of 5000 characters": Case(
+        "rm", "--data a.jsonl", "'label' must be", {"a.jsonl": rows({"text": "a", "label": "x" * 5000})}
+    ),
+    "margin of 5000 characters": Case(
+        "rm",
+        "--data a.jsonl",
+        "'margin' must be",
+        {"a.jsonl": rows({"chosen": "a", "rejected": "b", "margin": "x" * 5000})},
+    ),
+    "label NaN": Case("rm", "--data a.jsonl", "but is nan", {"a.jsonl": rows({"text": "a", "label": float("nan")})}),
+    "label null": Case("rm", "--data a.jsonl", "but is None", {"a.jsonl": rows({"text": "a", "label": None})}),
+    "margin as text": Case(
+        "rm", "--data a.jsonl", "but is '2'", {"a.jsonl": rows({"chosen": "a", "rejected": "b", "margin": "2"})}
+    ),
+    "text as number": Case(
+        "pretrain", "--data a.jsonl", "'text' must be text, but is int", {"a.jsonl": rows({"text": 1})}
+    ),
+    "chosen equal to rejected": Case(
+        "rm", "--data a.jsonl", "dropped: 20 identical", {"a.jsonl": rows(*[{"chosen": "a", "rejected": "a"}] * 20)}
+    ),
+    "message that is text": Case(
+        "rm", "--data a.jsonl", "every message of", {"a.jsonl": rows({"chosen": [USER, "a"], "rejected": [USER, BAD]})}
+    ),
+    "content in parts": Case(
+        "rm",
+        "--data a.jsonl",
+        "every message of 'chosen'",
+        {
+            "a.jsonl": rows(
+                {"chosen": [USER, {**GOOD, "content": [{"type": "text", "text": "a"}]}], "rejected": [USER, BAD]}
+            )
+        },
+    ),
+    "prompt of no messages": Case("warp", "--prompts a.jsonl", "'prompt' must be", {"a.jsonl": rows({"prompt": []})}),
+    "half a surrogate pair in a role": Case(
+        "warp", "--prompts a.jsonl", "line 1", {"a.jsonl": rows({"prompt": [{**USER, "role": "\udc00"}]})}
+    ),
+    "half a surrogate pair in UTF-8": Case(
+        "pretrain", "--data a.jsonl", "a.jsonl, line 1", {"a.jsonl": b'{"text": "\xed\xa0\x80"}\n'}
+    ),
+    "second line of held-out prompts": Case(
+        "warp", "--eval-prompts a.jsonl", "a.jsonl, line 2: not JSON", {"a.jsonl": rows({"prompt": "a"}) + b"{"}
+    ),
+    "broken prompts to exclude": Case("evaluate", "--exclude a.jsonl", "a.jsonl, line 1", {"a.jsonl": b"{"}),
+    # values
+    "lr infinite": Case("warp", "--lr inf", "--lr"),
+    "lr beyond all floats": Case("rm", "--lr 1e400", "--lr"),
+    "beta infinite": Case("reinforce", "--beta inf", "--beta"),
+    "temperature infinite": Case("evaluate", "--temperature inf", "--temperature"),
+    "alpha infinite": Case("rm", "--lora-r 2 --lora-alpha inf", "--lora-alpha"),
+    "weight decay infinite": Case("pretrain", "--weight-decay inf", "--weight-decay"),
+    "infinite in a file": Case("warp", "--config a.yaml", "--lr", {"a.yaml": b"lr: .inf\n"}),
+    "NaN in a file": Case(
+        "warp", "--config a.yaml", "--mu must be between 0 and 1, not nan", {"a.yaml": b"mu: .nan\n"}
+    ),
+    "batch size with an exponent": Case("rm", "--batch-size 1e3", "--batch-size: invalid int value: '1e3'"),
+    "steps of 1.0": Case("warp", "--config a.yaml", "--steps: invalid int value: '1.0'", {"a.yaml": b"steps: 1.0\n"}),
+    "negative seed": Case("pretrain", "--seed -1", "--seed must be between 0 and 2147483647, not -1"),
+    "seed of 5000 digits": Case("rm", f"--seed {'9' * 5000}", "--seed"),
+    "negative save_every": Case("warp", "--save-every -1", "--save-every must be at least 0, not -1"),
+    "lr beyond float32": Case("warp", "--lr 1e300", "--lr"),
+    "vocabulary beyond 64 bits": Case("pretrain", f"--vocab-size {10**30}", "--vocab-size"),
+    "length beyond 64 bits": Case("pretrain", f"--max-length {10**30}", "--max-length"),
+    "rank beyond 64 bits": Case("rm", f"--lora-r {10**30}", "--lora-r"),
+    "accumulation beyond 64 bits": Case("rm", f"--accept-weak --accumulation-steps {10**30}", "--accumulation-steps"),
+    "lr in hexadecimal": Case("rm", "--lr 0x1", "--lr: invalid float value: '0x1'"),
+    "lr without digits": Case("rm", "--lr=", "--lr: invalid float value: ''"),
+    "flag without a name": Case("rm", "--=1", "unrecognized arguments: --=1"),
+    "judge without a name": Case("evaluate", "--judges =", "no such folder"),
+    "policy without a name": Case("warp", "--policy=", "--policy"),
+    "prompts without a name": Case("warp", "--prompts=", "--prompts"),
+    "config without a name": Case("warp", "--config=", "--config"),
+    # YAML
+    "config tag of Python": Case(
+        "warp",
+        "--config a.yaml",
+        "--config a.yaml is not YAML",
+        {"a.yaml": b'lr: !!python/object/apply:os.system ["echo > executed"]\n'},
+    ),
+    "config key twice": Case("warp", "--config a.yaml", "--config a.yaml", {"a.yaml": b"lr: 1.0e-4\nlr: 1.0e-3\n"}),
+    "config key in two spellings": Case(
+        "warp", "--config a.yaml", "--config a.yaml", {"a.yaml": b"batch-size: 2\nbatch_size: 4\n"}
+    ),
+    "config of deep nesting": Case(
+        "rm", "--config a.yaml", "--config a.yaml is not YAML", {"a.yaml": b"lr: " + b"[" * 500}
+    ),
+    "config of two documents": Case("rm", "--config a.yaml", "is not YAML", {"a.yaml": b"lr: 1\n---\nlr: 2\n"}),
+    "config with tabs": Case("rm", "--config a.yaml", "is not YAML", {"a.yaml": b"\tlr: 1\n"}),
+    "config key a list": Case("rm", "--config a.yaml", "is not YAML", {"a.yaml": b"? [lr]\n: 1\n"}),
+    "config key a number": Case("rm", "--config a.yaml", "unknown key 3", {"a.yaml": b"3: 1\n"}),
+    "config of JSON rows": Case("rm", "--config pairs.jsonl", "--config pairs.jsonl"),
+    "config number without digits": Case("rm", "--config a.yaml", "--config a.yaml", {"a.yaml": b'lr: !!float ""\n'}),
+    "config boolean that is none": Case("rm", "--config a.yaml", "--config a.yaml", {"a.yaml": b"lr: !!bool x\n"}),
+    "config date that is none": Case("rm", "--config a.yaml", "--config a.yaml", {"a.yaml": b"lr: !!timestamp x\n"}),
+    "config value a mapping": Case("rm", "--config a.yaml", "", {"a.yaml": b"eval_data: {train: pairs.jsonl}\n"}),
+    "config list of lists": Case("warp", "--config a.yaml", "", {"a.yaml": b"judges: [[judge]]\n"}),
+    "config of a hundred thousand laughs": Case(
+        "warp", "--config a.yaml", "--config a.yaml", {"a.yaml": LAUGHS + b"seed: *e\n"}
+    ),
+    "data with a zero byte": Case("rm", "--config a.yaml", "no such file", {"a.yaml": b'eval_data: "a\\0b"\n'}),
+    "prompts with a zero byte": Case("warp", "--config a.yaml", "no such file", {"a.yaml": b'eval_prompts: "a\\0b"\n'}),
+    "judge with a zero byte": Case("warp", "--config a.yaml", "no such folder", {"a.yaml": b'judges: "a\\0b"\n'}),
+    # going on with a run
+    "resume without out": Case("warp", "--out= --resume", "--resume needs --out"),
+    "resume in a folder of no run": Case("rm", "--resume", "--out out holds", {"out/letters.txt": b"precious"}),
+    "resume of another script": Case(
+        "warp", "--resume", f"{RUN} is not that of a run of train_warp.py", {RUN: run("rm")}
+    ),
+    "resume of a run without a script": Case("rm", "--resume", f"{RUN} is not that of a run", {RUN: b"{}"}),
+    "resume of a broken run": Case("rm", "--resume", f"{RUN} cannot be read", {RUN: b'{"script": '}),
+    "resume of an empty run": Case("rm", "--resume", f"{RUN} cannot be read", {RUN: b""}),
+    "resume of a deep run": Case("rm", "--resume", f"{RUN} cannot be read", {RUN: b'{"a":' * 100_000}),
+    "resume of a run that is a list": Case("rm", "--resume", f"{RUN} cannot be read", {RUN: b"[1]"}),
+    "resume of options that are a list": Case(
+        "rm", "--resume", f"{RUN} is not that of a run", {RUN: b'{"script": "train_rm.py", "options": [1]}'}
+    ),
+    "resume with another lr": Case("warp", "--resume --lr 1", "--lr is 1e-05 there, not 1.0", {RUN: run("warp")}),
+    "resume with another list": Case(
+        "warp", "--resume --judges judge", "--judges is [] there, not ['judge']", {RUN: run("warp")}
+    ),
+    "resume of an unknown option": Case("rm", "--resume", f"{RUN}: unknown key 'gamma'", {RUN: run("rm", gamma=1)}),
+    "resume of an option of the wrong type": Case(
+        "rm", "--resume", f"{RUN}: argument --lr", {RUN: run("rm", lr="fast")}
+    ),
+    "resume of an option out of its range": Case(
+        "rm", "--resume", "--lr must be at least 0", {RUN: run("rm", lr=-1.0)}
+    ),
+    "resume of a run of other inputs": Case(
+        "pretrain", "--resume", "texts: not what the run in out", {RUN: run("pretrain")}
+    ),
+    "resume of a run whose inputs are a list": Case(
+        "pretrain",
+        "--resume",
+        "texts: not what the run in out began with",
+        {RUN: run("pretrain").replace(b'"inputs": {}', b'"inputs": [1]')},
+    ),
 }
 
 PARAMETERS = [pytest.param(case, id=name) for name, case in CASES.items()]
+
+
+class Trap:
+    """Unpickled, it would leave a file `executed`."""
+
+    def __reduce__(self):
+        return os.system, ("echo > executed",)
+
+
+REMOTE = """
+open("executed", "w").close()
+class Model: pass
+Config = Tokenizer = Model
+"""
+
+
+def put(**files):
+    """Write files into a model's folder; in a name, __ stands for a dot; None takes the file away."""
+
+    def change(folder):
+        for name, content in files.items():
+            path = folder / name.replace("__", ".")
+            path.unlink(missing_ok=True)
+            if content is not None:
+                path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+    return change
+
+
+def also(name, **values):
+    """Put values into one of a folder's JSON files; None takes the key away."""
+
+    def change(folder):
+        old = json.loads((folder / name).read_text(encoding="utf-8"))
+        new = {key: value for key, value in (old | values).items() if value is not None}
+        put(**{name.replace(".", "__"): new})(folder)
+
+    return change
+
+
+def cut(length, name="model.safetensors"):
+    """Leave so many bytes of a file; negative: take so many away."""
+    return lambda folder: put(**{name.replace(".", "__"): (folder / name).read_bytes()[:length]})(folder)
+
+
+def tensors(change, name="model.safetensors"):
+    """Have `change` edit the dictionary of a folder's tensors."""
+
+    def edit(folder):
+        values = load_file(folder / name)
+        change(values)
+        (folder / name).unlink()
+        save_file(
+            {key: tensor.contiguous() for key, tensor in values.items()}, folder / name, metadata={"format": "pt"}
+        )
+
+    return edit
+
+
+def as_folder(name):
+    """A folder of a file's name in its place."""
+
+    def change(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return change
+
+
+def both(*changes):
+    """One change after the other."""
+    return lambda folder: [change(folder) for change in changes]
+
+
+class Broken(NamedTuple):
+    model: str  # of models_folder, whose copy is the folder `broken`
+    change: Callable  # of that folder
+    fragment: str = "broken"
+    flags: tuple = ("reinforce --policy broken",)
+    late: bool = False
+    files: dict = {}  # noqa: RUF012
+
+
+POLICY = ("reinforce --policy broken", "rm --base broken")
+JUDGE = ("evaluate --judges broken",)
+JUDGES = ("warp --reward-model broken", *JUDGE)
+PICKLE = pickle.dumps(Trap())
+WTE, ATTENTION, HEAD = "transformer.wte.weight", "transformer.h.0.attn.c_attn", "score.weight"
+LORA_A, LORA_B = (f"base_model.model.{ATTENTION}.lora_{side}.weight" for side in "AB")
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CHAT = {"prompts.jsonl": rows(*({"prompt": [{**USER, "content": f"Film {i}"}]} for i in range(12)))}
+BROKEN = {
+    # weights
+    "weights cut off in the header": Broken("policy", cut(100), "model.safetensors cannot be read"),
+    "weights cut off in the middle": Broken("policy", cut(-1000), "model.safetensors cannot be read"),
+    "weights without the last byte": Broken("policy", cut(-1), "model.safetensors cannot be read"),
+    "weights of 0 bytes": Broken("policy", cut(0), "model.safetensors cannot be read"),
+    "a header of 2^64 bytes": Broken(
+        "policy", put(model__safetensors=b"\xff" * 99), "model.safetensors cannot be read"
+    ),
+    "text for weights": Broken(
+        "policy",
+        put(model__safetensors=b"version https://git-lfs.github.com/spec/v1\n"),
+        "model.safetensors cannot be read",
+    ),
+    "a folder for weights": Broken("policy", as_folder("model.safetensors")),
+    "a tensor of another shape": Broken(
+        "policy", tensors(lambda t: t.update({WTE: t[WTE][:-7]})), f"lack 1 tensors, such as {WTE}", POLICY
+    ),
+    "a missing tensor": Broken(
+        "policy", tensors(lambda t: t.pop(f"{ATTENTION}.weight")), f"lack 1 tensors, such as {ATTENTION}.weight", POLICY
+    ),
+    "no tensors": Broken("policy", tensors(lambda t: t.clear())),
+    "tensors of other names": Broken("policy", tensors(lambda t: [t.update({f"x.{k}": t.pop(k)}) for k in list(t)])),
+    "weights NaN": Broken(
+        "policy",
+        tensors(lambda t: t[WTE].fill_(float("nan"))),
+        "not finite",
+        late=True,
+    ),
+    "an index of shards that are missing": Broken(
+        "policy",
+        both(
+            put(model__safetensors__index__json={"metadata": {}, "weight_map": {WTE: "a.safetensors"}}),
+            put(model__safetensors=None),
+        ),
+        "no .safetensors",
+    ),
+    "pickled weights": Broken(
+        "policy", put(model__safetensors=None, pytorch_model__bin=PICKLE), "pickled weights could run code", POLICY
+    ),
+    "pickled weights beside an empty file": Broken("policy", put(model__safetensors=b"", pytorch_model__bin=PICKLE)),
+    "pickled weights under the other name": Broken("policy", put(model__safetensors=PICKLE)),
+    "an index of pickled weights": Broken(
+        "policy",
+        put(
+            model__safetensors__index__json={"metadata": {}, "weight_map": {WTE: "pytorch_model.bin"}},
+            model__safetensors=None,
+            pytorch_model__bin=PICKLE,
+        ),
+    ),
+    # config.json
+    "config.json of 0 bytes": Broken("policy", put(config__json=b""), "config.json cannot be read"),
+    "config.json a list": Broken("policy", put(config__json=[1]), "config.json cannot be read"),
+    "config.json of deep nesting": Broken("policy", put(config__json=b'{"a":' * 99_999), "config.json cannot be read"),
+    "config.json in Latin-1": Broken("policy", put(config__json=b'{"a": "\xfc"}'), "config.json cannot be read"),
+    "a folder for config.json": Broken("policy", as_folder("config.json"), "no config.json"),
+    "no config.json": Broken("policy", put(config__json=None), "no config.json"),
+    "unknown model type": Broken("policy", also("config.json", model_type="evil")),
+    "no model type": Broken("policy", also("config.json", model_type=None)),
+    "model type a number": Broken("policy", also("config.json", model_type=3)),
+    "layers as text": Broken("policy", also("config.json", n_layer="two")),
+    "one layer more than there are weights": Broken("policy", also("config.json", n_layer=2), "lack 12 tensors"),
+    "a width that its heads cannot share": Broken("policy", also("config.json", n_head=3)),
+    "positions as text": Broken("policy", also("config.json", n_positions="64")),
+    "no vocabulary": Broken("policy", also("config.json", vocab_size=-1)),
+    "code of its own": Broken(
+        "policy",
+        both(
+            put(evil__py=REMOTE.encode()),
+            also(
+                "config.json",
+                model_type="evil",
+                auto_map={
+                    name: f"evil.{kind}"
+                    for name, kind in (
+                        ("AutoConfig", "Config"),
+                        ("AutoModelForCausalLM", "Model"),
+                        ("AutoModelForSequenceClassification", "Model"),
+                    )
+                },
+            ),
+        ),
+        flags=POLICY,
+    ),
+    "a tokenizer with code of its own": Broken(
+        "policy",
+        both(
+            put(evil__py=REMOTE.encode(), tokenizer__json=None),
+            also(
+                "tokenizer_config.json",
+                tokenizer_class="EvilTokenizer",
+                auto_map={"AutoTokenizer": ["evil.Tokenizer", None]},
+            ),
+        ),
+    ),
+    # tokenizer and template
+    "tokenizer.json of 0 bytes": Broken("policy", put(tokenizer__json=b"")),
+    "tokenizer.json of no tokenizer": Broken("policy", put(tokenizer__json={"model": {"type": "none"}})),
+    "tokenizer.json cut off": Broken("policy", cut(-99, "tokenizer.json")),
+    "no tokenizer": Broken("policy", put(tokenizer__json=None, tokenizer_config__json=None), "broken", POLICY),
+    "tokenizer_config.json cut off": Broken(
+        "policy", cut(-9, "tokenizer_config.json"), "tokenizer_config.json cannot be read"
+    ),
+    "tokenizer_config.json a list": Broken(
+        "policy", put(tokenizer_config__json=[]), "tokenizer_config.json cannot be read"
+    ),
+    "EOS a number": Broken("policy", also("tokenizer_config.json", eos_token=3)),
+    "generation_config.json of 0 bytes": Broken("policy", put(generation_config__json=b"")),
+    "EOS of the generation config as text": Broken("policy", also("generation_config.json", eos_token_id="0")),
+    "a tokenizer without tokens": Broken(
+        "policy",
+        also("tokenizer.json", normalizer={"type": "Replace", "pattern": {"Regex": "."}, "content": ""}),
+        "prompts.jsonl, line 1: the prompt has no tokens",
+    ),
+    "a template that raises": Broken(
+        "policy",
+        put(chat_template__jinja=b"{{ raise_exception('no\nfilms') }}"),
+        "refuses a conversation: no films",
+        files=CHAT,
+    ),
+    "a template of wrong syntax": Broken(
+        "policy", put(chat_template__jinja=b"{% for %}"), "its chat template refuses", files=CHAT
+    ),
+    "a template that divides by zero": Broken(
+        "policy", put(chat_template__jinja=b"{{ 1 / 0 }}"), "its chat template refuses", files=CHAT
+    ),
+    "a template that leaves its sandbox": Broken(
+        "policy",
+        put(chat_template__jinja=b"{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+        "its chat template refuses",
+        files=CHAT,
+    ),
+    "a template that is a number": Broken("policy", also("tokenizer_config.json", chat_template=3), files=CHAT),
+    # judges
+    "judge cut off": Broken("judge", cut(-1000), "model.safetensors cannot be read", flags=JUDGE),
+    "judge without its head": Broken(
+        "judge", tensors(lambda t: t.pop(HEAD)), f"lack 1 tensors, such as {HEAD}", flags=JUDGE
+    ),
+    "judge whose head has another shape": Broken(
+        "judge", tensors(lambda t: t.update({HEAD: torch.zeros(3, 16)})), f"lack 1 tensors, such as {HEAD}", flags=JUDGE
+    ),
+    "judge without a tensor": Broken(
+        "judge",
+        tensors(lambda t: t.pop(f"{ATTENTION}.bias")),
+        f"lack 1 tensors, such as {ATTENTION}.bias",
+        flags=JUDGES,
+    ),
+    "judge with a tensor of another shape": Broken(
+        "judge", tensors(lambda t: t.update({WTE: t[WTE][:, :8]})), f"lack 1 tensors, such as {WTE}", flags=JUDGES
+    ),
+    "pickled judge": Broken(
+        "judge", put(model__safetensors=None, pytorch_model__bin=PICKLE), "pickled weights could run code", flags=JUDGES
+    ),
+    "judge of ratings out of order": Broken(
+        "two_labels", also("config.json", id2label={"0": "2", "1": "1"}), "the labels 2, 1", flags=JUDGE
+    ),
+    "judge whose labels are a list": Broken("two_labels", also("config.json", id2label=["1", "2"]), flags=JUDGE),
+    "judge whose labels are no numbers": Broken(
+        "two_labels", also("config.json", id2label={"a": "1", "b": "2"}), flags=JUDGE
+    ),
+    "judge NaN": Broken("judge", tensors(lambda t: t[HEAD].fill_(float("nan"))), "broken", flags=JUDGES, late=True),
+    # adapters
+    "adapter of another base": Broken(
+        "adapted_judge",
+        also(ADAPTER_CONFIG, base_model_name_or_path="wide"),
+        f"{ATTENTION} does not fit the model",
+        flags=JUDGES,
+    ),
+    "adapter of a module that is not there": Broken(
+        "adapted_judge",
+        tensors(lambda t: [t.update({k.replace("h.0", "h.9"): t.pop(k)}) for k in (LORA_A, LORA_B)], ADAPTER),
+        "transformer.h.9.attn.c_attn does not fit the model",
+        flags=JUDGE,
+    ),
+    "adapter of a module that is no matrix": Broken(
+        "adapted_judge",
+        tensors(lambda t: [t.update({k.replace("attn.c_attn", "ln_1"): t.pop(k)}) for k in (LORA_A, LORA_B)], ADAPTER),
+        "ln_1 does not fit the model",
+        flags=JUDGE,
+    ),
+    "adapter without its B": Broken(
+        "adapted_judge", tensors(lambda t: t.pop(LORA_B), ADAPTER), "no lora_B", flags=JUDGE
+    ),
+    "adapter without its A": Broken(
+        "adapted_judge", tensors(lambda t: t.pop(LORA_A), ADAPTER), "no lora_A and lora_B", flags=JUDGE
+    ),
+    "adapter without its head": Broken(
+        "adapted_judge", tensors(lambda t: t.pop(f"base_model.model.{HEAD}"), ADAPTER), flags=JUDGE
+    ),
+    "adapter with the head alone": Broken(
+        "adapted_judge", tensors(lambda t: [t.pop(k) for k in (LORA_A, LORA_B)], ADAPTER), flags=JUDGE
+    ),
+    "adapter of two ranks": Broken(
+        "adapted_judge",
+        tensors(lambda t: t.update({LORA_A: t[LORA_A][:1]}), ADAPTER),
+        "does not fit the model",
+        flags=JUDGE,
+    ),
+    "adapter of rank 0": Broken(
+        "adapted_judge",
+        tensors(lambda t: t.update({LORA_A: t[LORA_A][:0], LORA_B: t[LORA_B][:, :0]}), ADAPTER),
+        flags=JUDGE,
+    ),
+    "adapter of another rank than its config": Broken(
+        "adapted_judge", also(ADAPTER_CONFIG, r=16), "broken", flags=JUDGE
+    ),
+    "adapter whose alpha is text": Broken(
+        "adapted_judge", also(ADAPTER_CONFIG, lora_alpha="4"), "does not fit", flags=JUDGE
+    ),
+    "adapter whose alpha is NaN": Broken(
+        "adapted_judge", also(ADAPTER_CONFIG, lora_alpha=float("nan")), "broken", flags=JUDGE
+    ),
+    "adapter without alpha": Broken(
+        "adapted_judge", also(ADAPTER_CONFIG, lora_alpha=None), "does not fit", flags=JUDGE
+    ),
+    "adapter of another kind": Broken(
+        "adapted_judge", also(ADAPTER_CONFIG, peft_type="IA3"), "peft_type IA3", flags=JUDGE
+    ),
+    "adapter with code of its own": Broken(
+        "adapted_judge",
+        both(
+            put(evil__py=REMOTE.encode()),
+            also(ADAPTER_CONFIG, peft_type="EVIL", auto_mapping={"parent_library": "evil"}),
+        ),
+        "peft_type EVIL",
+        flags=JUDGE,
+    ),
+    "adapter that names no base": Broken(
+        "adapted_judge", also(ADAPTER_CONFIG, base_model_name_or_path=None), "names no base_model", flags=JUDGE
+    ),
+    "adapter whose base is a number": Broken(
+        "adapted_judge", also(ADAPTER_CONFIG, base_model_name_or_path=3), "names no base_model", flags=JUDGE
+    ),
+    "adapter that is its own base": Broken(
+        "adapted_judge", also(ADAPTER_CONFIG, base_model_name_or_path="broken"), flags=JUDGE
+    ),
+    "adapter config a list": Broken(
+        "adapted_judge", put(adapter_config__json=[1]), "adapter_config.json cannot be read", flags=JUDGE
+    ),
+    "adapter cut off": Broken(
+        "adapted_judge", cut(-9, ADAPTER), "adapter_model.safetensors cannot be read", flags=JUDGE
+    ),
+    "pickled adapter": Broken(
+        "adapted_judge",
+        put(adapter_model__safetensors=None, adapter_model__bin=PICKLE),
+        "pickled weights could run code",
+        flags=JUDGES,
+    ),
+    "adapter of a pickled base": Broken(
+        "adapted_judge",
+        both(put(pytorch_model__bin=PICKLE), also(ADAPTER_CONFIG, base_model_name_or_path="pickled")),
+        "pickled",
+        flags=JUDGE,
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -359,17 +924,20 @@ def models_folder(tmp_path_factory, tiny_tokenizer):
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(300)}, unk_token="w0"))
     save_model(GPT2LMHeadModel(GPT2Config(**size)), PreTrainedTokenizerFast(tokenizer_object=words), folder / "plain")
     (folder / "empty").mkdir()
-    return folder
+    before = snapshot(folder)
+    yield folder
+    assert snapshot(folder) == before
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, models_folder):
     """The working directory: models, 12 prompts, 20 pairs, texts; whoever builds the embedded world fails the test."""
-    shutil.copytree(models_folder, tmp_path, dirs_exist_ok=True, copy_function=os.link)
+    for path in models_folder.iterdir():  # links, to save time: see the end of models_folder
+        (tmp_path / path.name).symlink_to(path)
     (tmp_path / "prompts.jsonl").write_bytes(rows(*({"prompt": f"The film {i}"} for i in range(12))))
     pairs = ({"prompt": f"The film {i}", "chosen": " was great.", "rejected": " was dull."} for i in range(20))
     (tmp_path / "pairs.jsonl").write_bytes(rows(*pairs))
-    (tmp_path / "texts.txt").write_text("The film was great.\nI slept.\n" * 10)
+    (tmp_path / "texts.txt").write_text(TEXTS)
     (tmp_path / "functions.py").write_text(FUNCTIONS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -386,24 +954,271 @@ def snapshot(folder):
 
 
 @pytest.mark.parametrize("case", PARAMETERS)
-def test_a_mistake_is_one_line_and_exit_code_2(workplace, capsys, case):
+def test_a_mistake_is_one_line_and_exit_code_2(workplace, capfd, recwarn, case):
     """T59, T69: exit code 2, one line on stderr that names what to mend, and no file written or changed."""
     for name, content in case.files.items():
         (workplace / name).parent.mkdir(parents=True, exist_ok=True)
         (workplace / name).write_bytes(content)
+    check_refusal(workplace, capfd, case)
+    assert not recwarn.list  # a warning is a line, too
+
+
+def check_refusal(workplace, capfd, case):
+    """Run the script of a case: it must exit with 2 and one line of readable length, and leave the folder as it was."""
     before = snapshot(workplace)
     with pytest.raises(SystemExit) as stop:
         MAINS[case.script]([*FLAGS[case.script].split(), *case.flags.split()])
     assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.split("\n") if line.strip()]
+    lines = [line for line in capfd.readouterr().err.split("\n") if line.strip()]
     lines = [line for line in lines if not (case.late and line.startswith("\r"))]  # progress bars
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert case.fragment in lines[0]
+    assert len(lines[0]) < 1000
     after = snapshot(workplace)
     assert {path: after.get(path) for path in before} == before
     if not case.late:
         assert after.keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [pytest.param(name, flags, id=f"{name}: {flags.split()[0]}")
+     for name, broken in BROKEN.items() for flags in broken.flags],
+)  # fmt: skip
+def test_a_broken_model_is_one_line_and_exit_code_2(workplace, capfd, recwarn, monkeypatch, name, flags):
+    """A folder whose files are cut off, do not fit or would run code is refused by name; no code in it is run."""
+    broken, (script, flags) = BROKEN[name], flags.split(maxsplit=1)
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or "n")
+    shutil.copytree(workplace / broken.model, workplace / "broken")
+    shutil.copytree(workplace / "policy", workplace / "pickled")
+    put(model__safetensors=None, pytorch_model__bin=PICKLE)(workplace / "pickled")
+    broken.change(workplace / "broken")
+    for file, content in broken.files.items():
+        (workplace / file).write_bytes(content)
+    check_refusal(workplace, capfd, Case(script, flags, broken.fragment, late=broken.late))
+    assert not recwarn.list
+    assert not questions  # transformers would ask whether to run the code
+    assert not (workplace / "executed").exists()
+
+
+def test_the_traps_of_this_file_would_spring(tmp_path, monkeypatch):
+    """The pickle and the module of the models above do leave their trace where they are run."""
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(PICKLE)
+    assert (tmp_path / "executed").exists()
+    (tmp_path / "executed").unlink()
+    exec(REMOTE)
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The folder of a pretraining that was stopped behind its last step, and the folder that it was called in."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("rlhf_min.runlog.RunLog.finish", raise_stopped)
+        (folder / "texts.txt").write_text(TEXTS)
+        with pytest.raises(SystemExit):
+            MAINS["pretrain"](FLAGS["pretrain"].split())
+    assert (folder / "out" / "checkpoint" / "state.pt").exists()
+    return folder
+
+
+def raise_stopped(*arguments, **names):
+    raise KeyboardInterrupt
+
+
+OTHER = {"format": "another program", "title": "language model"}
+DAMAGE = {
+    "state of 0 bytes": (put(state__pt=b""), "state.pt is not a whole checkpoint"),
+    "state cut off": (cut(-500, "state.pt"), "state.pt is not a whole checkpoint"),
+    "state that would run code": (put(state__pt=PICKLE), "state.pt is not a whole checkpoint"),
+    "state of another program": (
+        lambda folder: torch.save(OTHER, folder / "state.pt"),
+        "state.pt is not a whole checkpoint of this program (it has another format)",
+    ),
+    "metrics that lost lines": (lambda folder: (folder.parent / "metrics.jsonl").write_bytes(b""), "has lost lines"),
+    "no metrics": (lambda folder: (folder.parent / "metrics.jsonl").unlink(), "has lost lines"),
+    "other texts": (
+        lambda folder: (folder.parents[1] / "texts.txt").write_text("a b c"),
+        "texts: not what the run in out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(interrupted, tmp_path, monkeypatch, capfd, recwarn, name):
+    """What --resume cannot go on with is refused by name, and no code in it is run."""
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    change, fragment = DAMAGE[name]
+    change(tmp_path / "out" / "checkpoint")
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        MAINS["pretrain"]([*FLAGS["pretrain"].split(), "--resume"])
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert not recwarn.list
+    assert line.startswith("error: ")
+    assert fragment in line
+    assert not (tmp_path / "executed").exists()
+
+
+ODD = {
+    "emoji": "🎬👩‍👩‍👧‍👦 great 🇺🇳",
+    "right to left": "\u202eהסרט היה נהדר\u202c فيلم رائع",
+    "combining characters": "e\u0301" + "\u0336" * 10,
+    "next line and line separator": "first\u0085second\u2028third\u2029fourth\x0b\x0c\x1c",
+    "control characters": "bell \x07 zero \x00 escape \x1b[31m",
+    "byte order mark inside": "\ufeffgreat\ufffe",
+    "noncharacters and private use": "\uffff\ue000\U0010ffff",
+    "what looks like markup": '<|endoftext|> {{ 7 * 7 }} {% raise %} %s \\n "',
+    "astral letters": "𝔤𝔯𝔢𝔞𝔱 𠀀",
+}
+ENCODINGS = {
+    "plain": lambda text: text.encode(),
+    "byte order mark": lambda text: b"\xef\xbb\xbf" + text.encode(),
+    "CR LF": lambda text: text.replace("\n", "\r\n").encode(),
+    "no last line end": lambda text: text.rstrip("\n").encode(),
+}
+
+
+@pytest.mark.parametrize("encode", [pytest.param(encode, id=name) for name, encode in ENCODINGS.items()])
+@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in ODD.items()])
+def test_odd_text_survives(tmp_path, tiny_tokenizer, text, encode):
+    """T70: text in any script and with any separator is read as it was written, and no row is cut or lost."""
+    path, film = tmp_path / "a.jsonl", "A film: "
+    rows = [{"text": text, "prompt": film + text, "chosen": text, "rejected": film}] * 2
+    path.write_bytes(encode("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)))
+    assert [row for _, row in read_rows(str(path))] == rows
+    assert list(read_texts(str(path))) == [text] * 2
+    assert [prompt for _, prompt, _ in read_prompts(str(path))] == [film + text] * 2
+    assert [pair.chosen for pair in load_pairs(str(path))[0]] == [text] * 2
+    (prompt,) = load_prompts(str(path), tiny_tokenizer, 3, 999)
+    if "<|endoftext|>" not in text:
+        assert tiny_tokenizer.decode(prompt.tokens) == film + text
+
+
+@pytest.mark.parametrize("encode", [pytest.param(e, id=n) for n, e in ENCODINGS.items()])
+def test_odd_lines_of_a_txt_file_survive(tmp_path, encode):
+    """T70: a .txt file is read the same with a byte order mark and with Windows' line ends."""
+    texts = [text for name, text in ODD.items() if name != "byte order mark inside"]
+    (tmp_path / "a.txt").write_bytes(encode("".join(text + "\n" for text in texts)))
+    assert list(read_texts(str(tmp_path / "a.txt"))) == [text.strip() for text in texts]
+
+
+def test_a_line_of_10_megabytes_survives(tmp_path, tiny_tokenizer):
+    """A row has no largest length: it is read whole, and a prompt is cut from its beginning."""
+    text = "The film was great fun. " * 420_000
+    (tmp_path / "a.jsonl").write_bytes(rows({"text": text}, {"text": "The plot was dull."}))
+    assert len(text) > 10_000_000
+    assert [len(text) for text in read_texts(str(tmp_path / "a.jsonl"))] == [len(text), 18]
+    first, second = load_prompts(str(tmp_path / "a.jsonl"), tiny_tokenizer, 3, 16)
+    assert (len(first.tokens), len(second.tokens)) == (3, 3)
+
+
+def test_deep_nesting_beside_the_fields_is_no_mistake(tmp_path):
+    """What a row has beside its own fields is nobody's business, a hundred levels of it included."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a", "x": ' + b"[" * 100 + b"]" * 100 + b"}\n")
+    assert list(read_texts(str(tmp_path / "a.jsonl"))) == ["a"]
+
+
+def test_the_scripts_take_odd_text(workplace, capsys):
+    """Emoji, right-to-left text and separators are trained on and judged, from a file that Windows wrote."""
+    pairs = [{"prompt": f"Film {i}", "chosen": text, "rejected": "no"} for i, text in enumerate([*ODD.values()] * 3)]
+    prompts = [{"prompt": text} for text in ODD.values()] + [{"text": "The film was great. " * 9}] * 2
+    for name, values in (("pairs.jsonl", pairs), ("prompts.jsonl", prompts)):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in values)
+        (workplace / name).write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    for script, flags in (("rm", "--accept-weak --max-length 64"), ("evaluate", "--max-length 64 --out judged")):
+        MAINS[script]([*FLAGS[script].split(), *flags.split()])
+    assert (workplace / "judged" / "table.md").exists()
+    assert json.loads((workplace / "out" / "summary.json").read_text())["train_pairs"] >= 15
+    assert "error" not in capsys.readouterr().err
+
+
+EARLY = """
+import json, runpy, sys
+for flags in json.loads(sys.argv[1]):
+    sys.argv = ["script", *flags]
+    try:
+        runpy.run_path(SCRIPT, run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    print(code, "torch" in sys.modules)
+"""
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = {
+    "train_warp.py": "warp", "train_rm.py": "rm", "train_reinforce.py": "reinforce", "evaluate.py": "evaluate",
+    "rlhf_min/pretrain.py": "pretrain",
+}  # fmt: skip
+MISTAKES = {
+    "train_warp.py": [
+        ("--eta 2", "--eta must be between 0 and 1"),
+        ("--config a.yaml", "--config a.yaml: unknown key 'gamma'"),
+        ("--prompts bad.jsonl", "bad.jsonl, line 2: not JSON"),
+        ("--prompts none.jsonl", "none.jsonl: no such file"),
+        ("--policy nowhere", "nowhere: no such folder"),
+        ("--policy cut", "cut/model.safetensors cannot be read"),
+        ("--policy pickled", "pickled weights could run code"),
+        ("--policy owner/name", "the hub cannot be reached"),
+        ("--reward-model functions.f", "no function f"),
+        ("--resume --out=", "--resume needs --out"),
+        ("--out policy", "--out policy holds"),
+    ],
+    "train_rm.py": [
+        ("--data bad.jsonl", "bad.jsonl, line 1: no field 'chosen'"),
+        ("--data owner/name", "owner/name is no local file"),
+        ("--base owner/name", "the hub cannot be reached"),
+    ],
+    "train_reinforce.py": [("--beta -1", "--beta must be at least 0"), ("--policy empty", "empty: no config.json")],
+    "evaluate.py": [
+        ("--judges j=nowhere", "nowhere: no such folder"),
+        ("--exclude bad.jsonl", "bad.jsonl, line 2: not"),
+    ],
+    "rlhf_min/pretrain.py": [("--data none.txt", "none.txt: no such file"), ("--width 33", "--width 33 must be")],
+}
+
+
+@pytest.mark.parametrize("script", MISTAKES)
+def test_mistakes_are_refused_before_torch_is_imported(workplace, monkeypatch, script):
+    """T59, T69: called as its users call it, a script says what is wrong in one line before torch takes its seconds."""
+    (workplace / "a.yaml").write_text("gamma: 1\n")
+    (workplace / "bad.jsonl").write_bytes(rows({"prompt": "a"}) + b"{")
+    for name, change in (("cut", cut(-9)), ("pickled", put(model__safetensors=None, pytorch_model__bin=PICKLE))):
+        shutil.copytree(workplace / "policy", workplace / name)
+        change(workplace / name)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(workplace)]))
+    flags = [[*FLAGS[KINDS[script]].split(), *flags.split()] for flags, _ in MISTAKES[script]]
+    call = f"runpy.run_path({str(ROOT / script)!r}" if "/" not in script else "runpy.run_module('rlhf_min.pretrain'"
+    program = EARLY.replace("runpy.run_path(SCRIPT", call)
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(flags)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines() == ["2 False"] * len(flags)
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(flags)
+    for line, (_, fragment) in zip(lines, MISTAKES[script]):
+        assert line.startswith("error: ")
+        assert fragment in line
+
+
+def test_an_uncaught_mistake_is_the_exit_code_of_the_process(workplace):
+    """The exit code of the process itself is 2, with one line on stderr and nothing on stdout."""
+    command = [sys.executable, str(ROOT / "train_rm.py"), "--data", "none.jsonl"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr == "error: none.jsonl: no such file; give a .jsonl or .jsonl.gz file or a hub data set owner/name\n"
+    )
 
 
 @pytest.mark.parametrize("script", MAINS)

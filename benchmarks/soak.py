@@ -85,9 +85,9 @@ def main(argv=None):
     train_rm.prepare_inputs([toy.PROMPTS], [toy.REWARD_MODEL])
     with log.running():
         run = log.folder / "warp"
-        command = [sys.executable, Path(__file__).parents[1] / "train_warp.py", "--lr", "1e-4", "--out", run]
-        for name in ("iterations", "runs", "steps", "batch_size", "device", "precision"):
-            command += ["--" + name.replace("_", "-"), str(getattr(options, name))]
+        flags = f"--lr 1e-4 --iterations {options.iterations} --runs {options.runs} --steps {options.steps} "
+        flags += f"--batch-size {options.batch_size} --device {options.device} --precision {options.precision}"
+        command = [sys.executable, Path(__file__).parents[1] / "train_warp.py", *flags.split(), "--out", run]
         samples = watch(command, run / "metrics.jsonl")
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         positions = [(row["iteration"], row["run"], row["step"]) for row in rows]

@@ -14,8 +14,8 @@ from typing import ClassVar
 from rlhf_min import toy
 from rlhf_min.data import without
 from rlhf_min.errors import UserError, one_line_errors
+from rlhf_min.files import read_json
 from rlhf_min.options import SamplingOptions, check_names, option, parse_options, refuse_mistakes
-from rlhf_min.sources import read_json
 
 
 @dataclass
@@ -46,7 +46,17 @@ class EvaluateOptions(SamplingOptions):
             raise UserError("--front and --policies exclude each other; run evaluate.py twice")
         if self.front and self.match_kl:
             raise UserError("--match-kl goes with --policies; a front has all of its KLs")
+        if not self.front and not self.policies:
+            self.policies = [toy.POLICY, newest_warp_run()]
         check_names(models=[*self.policies, *map(sft_of, self.front)])
+
+
+def newest_warp_run():
+    """The WARP run in runs/ that finished last."""
+    done = sorted(Path("runs").glob("warp-*/summary.json"), key=lambda path: path.stat().st_mtime)
+    if not done:
+        raise UserError("no WARP run in runs/ to compare; run train_warp.py first, or name --policies")
+    return str(done[-1].parent)
 
 
 def sft_of(run):
@@ -135,22 +145,12 @@ def sweep(run, judges, options, device):
     return sweep_front(policy, tokenizer, prompts, judges, options, sft, merged, options.front_points)[0]
 
 
-def newest_warp_run():
-    """The WARP run in runs/ that finished last."""
-    done = sorted(Path("runs").glob("warp-*/summary.json"), key=lambda path: path.stat().st_mtime)
-    if not done:
-        raise UserError("no WARP run in runs/ to compare; run train_warp.py first, or name --policies")
-    return str(done[-1].parent)
-
-
 @one_line_errors
 def main(argv=None):
     options = parse_options(EvaluateOptions, argv)
     options.check()
     device = resolve_device(options)
     log = RunLog(options)
-    if not options.front and not options.policies:
-        options.policies = [toy.POLICY, newest_warp_run()]
     judged_by_toy = [] if options.judges else [toy.REWARD_MODEL]
     options.judges = options.judges or [f"reward={toy.REWARD_MODEL}", *toy.JUDGES]
     train_rm.prepare_inputs(options.prompt_files(), [*options.policies, *judged_by_toy])

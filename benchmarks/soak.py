@@ -45,19 +45,23 @@ def resident_mib(pid):
     return pages * 4096 / 2**20
 
 
-def watch(command, metrics):
-    """Run a command; [(steps done, MiB)] once a second while it trains."""
-    samples, process, done, size = [], subprocess.Popen(command), 0, 0
-    while process.poll() is None:
-        memory = resident_mib(process.pid)
-        if metrics.exists():
-            with open(metrics, "rb") as file:
-                file.seek(size)
-                new = file.read()
-            done, size = done + new.count(b"\n"), size + len(new)
-        if done and memory:
-            samples.append((done, memory))
-        time.sleep(1)
+def watch(command, metrics, steps):
+    """Run a command; [(steps done, MiB)] once a second while it trains, up to the last of `steps`."""
+    samples, done, size = [], 0, 0
+    with subprocess.Popen(command) as process:
+        try:
+            while process.poll() is None:
+                memory = resident_mib(process.pid)
+                if metrics.exists():
+                    with open(metrics, "rb") as file:
+                        file.seek(size)
+                        new = file.read()
+                    done, size = done + new.count(b"\n"), size + len(new)
+                if 0 < done < steps and memory:
+                    samples.append((done, memory))
+                time.sleep(1)
+        finally:
+            process.terminate()
     if process.returncode:
         raise UserError(f"the run ended with exit code {process.returncode}; its message stands above")
     return samples
@@ -88,11 +92,10 @@ def main(argv=None):
         flags = f"--lr 1e-4 --iterations {options.iterations} --runs {options.runs} --steps {options.steps} "
         flags += f"--batch-size {options.batch_size} --device {options.device} --precision {options.precision}"
         command = [sys.executable, Path(__file__).parents[1] / "train_warp.py", *flags.split(), "--out", run]
-        samples = watch(command, run / "metrics.jsonl")
+        samples = watch(command, run / "metrics.jsonl", options.iterations * options.runs * options.steps)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         positions = [(row["iteration"], row["run"], row["step"]) for row in rows]
-        ranges = (range(1, n + 1) for n in (options.iterations, options.runs, options.steps))
-        iterations, runs, steps = ranges
+        iterations, runs, steps = (range(1, n + 1) for n in (options.iterations, options.runs, options.steps))
         complete = positions == [(i, m, t) for i in iterations for m in runs for t in steps]
         table = by_iteration(samples, rows, options)
         warm = [mib for done, mib in samples if done > options.runs * options.steps]

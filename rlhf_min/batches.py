@@ -41,4 +41,4 @@ class Batches:
     def load_state_dict(self, state):
         """Go on where state_dict was taken."""
         self.queue = state["queue"]
-        self.generator.set_state(state["generator"].cpu())
+        self.generator.set_state(state["generator"])

@@ -1,60 +1,20 @@
-"""What a run must not lose: files that are whole or not there at all, and the state that --resume continues from.
+"""The state of a run that --resume continues from.
 
-A *state* is {name: what a step changes}: tensors (weights, an average of them), dictionaries of such, and objects with
-torch's state_dict and load_state_dict (optimizer, order of the data).
+A *state* is {name: what a step changes}: tensors (weights, an average of them), numbers, dictionaries of both, and
+objects with torch's state_dict and load_state_dict (optimizer, order of the data).
 """
 
-import contextlib
 import hashlib
-import os
 import random
-import shutil
 import warnings
-from pathlib import Path
 
 import numpy
 import torch
 
-from .errors import UserError, first_line
+from .errors import UserError, explain, first_line
+from .files import whole
 
 FORMAT = "rlhf_min checkpoint 1"
-
-
-def _sync(path):
-    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):  # Windows cannot
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def whole(path):
-    """`with whole(path) as new:` make the file or folder `new`; once it is complete and on the disk, it becomes `path`.
-
-    Killed or failed at any moment, it leaves the old `path` as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    _remove(new)
-    try:
-        yield new
-        for part in (new, *new.rglob("*")):
-            _sync(part)
-        if path.is_dir():  # a folder cannot be replaced in one go
-            _remove(path)
-        os.replace(new, path)
-        _sync(path.parent)
-    except BaseException:
-        _remove(new)
-        raise
 
 
 def save_checkpoint(path, **values):
@@ -63,18 +23,20 @@ def save_checkpoint(path, **values):
         torch.save({"format": FORMAT, **values}, file)
 
 
-def load_checkpoint(path, device):
+def load_checkpoint(path, device="cpu"):
     """What save_checkpoint wrote, its tensors on `device`; UserError for anything else. Nothing in it can run code."""
+    why = "it has another format"
     try:
         with warnings.catch_warnings(action="ignore"):  # of what a foreign file may hold
             values = torch.load(path, map_location=device, weights_only=True)
+        if isinstance(values, dict) and values.get("format") == FORMAT:
+            return values
     except Exception as error:  # of the six kinds that a broken file raises here
-        values = first_line(error)
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        why = values if isinstance(values, str) else "it has another format"
-        raise UserError(f"{path} is not a whole checkpoint of this program ({why}); remove the folder "
-                        f"{Path(path).parent} to begin the run anew")  # fmt: skip
-    return values
+        if explain(error):
+            raise  # the file may be whole: no memory, or a disk that fails
+        why = first_line(error)
+    raise UserError(f"{path} is not a whole checkpoint of this program ({why}); remove the folder {path.parent} to "
+                    "begin the run anew")  # fmt: skip
 
 
 def snapshot(state):
@@ -103,9 +65,9 @@ class RandomState:
     """The global random generators of Python, numpy and torch: dropout's, and those of a user's reward function."""
 
     def state_dict(self):
-        legacy = numpy.random.get_state(legacy=False)  # its array is not what a checkpoint may hold
-        legacy["state"]["key"] = legacy["state"]["key"].tolist()
-        return {"python": random.getstate(), "numpy": legacy, "torch": torch.get_rng_state(),
+        of_numpy = numpy.random.get_state(legacy=False)
+        of_numpy["state"]["key"] = of_numpy["state"]["key"].tolist()  # an array is not what a checkpoint may hold
+        return {"python": random.getstate(), "numpy": of_numpy, "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state_all()}  # fmt: skip
 
     def load_state_dict(self, state):
@@ -117,8 +79,10 @@ class RandomState:
 
 
 def fingerprint(value):
-    """A SHA-256 of a model's weights, a judge's, or of whatever prints all it is; the same inputs have the same."""
-    digest, value = hashlib.sha256(), getattr(value, "model", value)
+    """A SHA-256 of a model's weights, of a judge's, or of whatever prints all it is."""
+    digest = hashlib.sha256()
+    if not isinstance(value, torch.nn.Module):
+        value = getattr(value, "model", value)
     if isinstance(value, dict):
         digest.update(repr({name: fingerprint(item) for name, item in value.items()}).encode())
     elif isinstance(value, torch.nn.Module):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import UserError, first_line
+from .files import whole
 from .sources import check_source
 
 
@@ -87,7 +88,7 @@ def _hub_rows(source):
 
 def write_jsonl(path, rows):
     """One JSON object a line; ASCII, so that no reader can cut a row at an exotic separator."""
-    with open(path, "w", encoding="ascii", newline="\n") as file:
+    with whole(path) as new, open(new, "w", encoding="ascii", newline="\n") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 

@@ -34,7 +34,7 @@ def explain(error):
     if isinstance(error, KeyboardInterrupt):
         return Stopped("stopped")
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in text:
-        return UserError("out of memory: lower --batch-size or --max-length, or train adapters, --lora-r 8")
+        return UserError("out of memory: lower --batch-size or --max-length, or take a smaller model")
     if isinstance(error, OSError) and error.errno in ENVIRONMENT:
         where = error.filename or "the folder of the run"
         return UserError(f"cannot write to {where}: {error.strerror}; mend that, or name another --out")
@@ -57,7 +57,7 @@ def one_line_errors(main):
             line = " ".join(str(known).split())
             if len(line) > 600:  # it quotes somebody's label of 5,000 characters
                 line = f"{line[:300]} ... {line[-250:]}"
-            print(f"error: {line}", file=sys.stderr)
+            print(line if isinstance(known, Stopped) else f"error: {line}", file=sys.stderr)
             raise SystemExit(known.code) from None
 
     return wrapper

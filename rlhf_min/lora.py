@@ -8,7 +8,6 @@ of the mean of two B A.
 """
 
 import contextlib
-import json
 import math
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import whole
 from .errors import UserError, first_line
+from .files import read_json, whole, write_json
 
 TARGETS = ("q_proj", "v_proj", "c_attn", "q_lin", "v_lin", "query", "value")  # Llama, GPT-2, DistilBERT, BERT
 HEADS = ("score", "classifier", "pre_classifier", "pooler")  # what a classifier has on top of its backbone
@@ -179,7 +178,7 @@ def save_adapter(model, folder, tokenizer=None):
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole(folder) as new:
         new.mkdir()
-        (new / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="ascii")
+        write_json(new / "adapter_config.json", config)
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
@@ -187,13 +186,10 @@ def save_adapter(model, folder, tokenizer=None):
 
 def read_adapter(folder):
     """(config, {name in the model: tensor}) of a folder in PEFT's format; UserError for one that is not plain LoRA."""
-    folder = Path(folder)
+    config = read_json(Path(folder, "adapter_config.json"))
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "adapter_model.safetensors")
-        if not isinstance(config, dict) or not tensors:
-            raise ValueError("no JSON object, or no tensors")
-    except Exception as error:  # JSON, safetensors and the file system raise a dozen kinds
+        tensors = load_file(Path(folder, "adapter_model.safetensors"))
+    except Exception as error:  # safetensors and the file system raise several kinds
         raise UserError(f"{folder} is not an adapter in PEFT's format: {first_line(error)}") from None
     extras = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")
     extras = [key for key in extras if config.get(key)]

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from .checkpoint import whole
 from .errors import UserError, first_line
+from .files import whole
 from .lora import is_head, load_adapter, lora_layers, merge_lora, read_adapter
 from .sources import find_model, hub_reachable, is_adapter
 

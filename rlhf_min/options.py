@@ -18,7 +18,8 @@ import yaml
 from . import toy
 from .data import read_prompts
 from .errors import UserError, one_line_errors
-from .sources import check_judge, check_model, check_source, read_json
+from .files import read_json
+from .sources import check_judge, check_model, check_source
 
 LARGEST = {int: 2**31 - 1, float: 1e30}  # what any number may be: torch's kernels overflow beyond
 
@@ -53,7 +54,7 @@ class RunOptions:
             why = "is a file" if there.is_file() else "cannot be written"
             raise UserError(f"--out {self.out} cannot be made: {there} {why}; name another folder")
         if any(not path.name.endswith(".new") for path in folder.glob("*")):  # .new: half written, see checkpoint.py
-            raise UserError(f"--out {self.out} holds another run or other files; name a new folder, or remove that one")
+            raise UserError(f"--out {self.out} holds another run or other files; name a new folder, or add --resume")
         return folder
 
     def check(self):
@@ -68,7 +69,7 @@ class RunOptions:
 class TrainingOptions(RunOptions):
     """What every script has that trains."""
 
-    resume: bool = option(False, "go on with the interrupted run in --out, whose options hold; else begin it")
+    resume: bool = option(False, "go on with the interrupted run in --out, whose options hold; without one, begin it")
     save_every: int = option(50, "steps between two checkpoints, which --resume continues from; 0 saves none", low=0)
 
     def folder(self):
@@ -80,6 +81,8 @@ class TrainingOptions(RunOptions):
     def check(self):
         super().check()
         if self.resume and Path(self.out, "summary.json").exists():
+            if not Path(self.out, "model").exists():
+                raise UserError(f"the run in {self.out} has finished without a model; begin a new one")
             shutil.rmtree(Path(self.out, "checkpoint"), ignore_errors=True)  # in case it was killed at the very end
             print(f"the run in {self.out} has finished: nothing to resume")
             raise SystemExit(0)
@@ -240,10 +243,11 @@ def _interrupted(parser, options_class, values):
     if run.get("script") != options_class.script or not isinstance(run.get("options"), dict):
         raise UserError(f"--resume: {path} is not that of a run of {options_class.script}; name its --out")
     stored = _parse_mapping(parser, run["options"], options_class, path)
-    free = ("out", "device", "resume", "save_every")  # what the result does not depend on
+    free = ("out", "device", "resume", "save_every")  # they change nothing, or on another device the last digits
     differ = [f"--{name.replace('_', '-')} is {stored.get(name)!r} there, not {value!r}"
               for name, value in values.items()
-              if name not in free and value not in ("auto", "", []) and value != stored.get(name)]  # fmt: skip
+              if name not in free and value != stored.get(name)
+              and value not in ("auto", "", [])]  # fmt: skip  # which a run fills in itself
     if differ:
         raise UserError(f"--resume goes on with the options of the run in {values['out']}: {'; '.join(differ)}. "
                         "Leave them out, or begin a new run")  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,10 +20,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from .checkpoint import RandomState, fingerprint, load_checkpoint, restore, save_checkpoint, snapshot, whole
+from .checkpoint import RandomState, fingerprint, load_checkpoint, restore, save_checkpoint, snapshot
 from .errors import Stopped, UserError, explain
-from .options import TrainingOptions
-from .sources import read_json
+from .files import read_json, write_json
 
 
 def git_commit():
@@ -41,13 +41,11 @@ class RunLog:
     """
 
     def __init__(self, options):
-        self.options, self.folder = options, options.folder()
-        self.save_every = options.save_every if isinstance(options, TrainingOptions) else 0
-        self._checkpoints = self.folder / "checkpoint"
+        self.options, self.save_every = options, options.save_every if hasattr(options, "save_every") else 0
         self._start = self._last_step = time.perf_counter()
-        self._saved = None  # the state of the loop that was interrupted, until that loop has taken it
+        self._saved = None  # the state of the loop that was interrupted, until a loop begins
         self._in_step = self._stop = False
-        self._bar = self._metrics = None
+        self._bar = self._lines = self._lock = None
 
     @contextlib.contextmanager
     def running(self, **inputs):
@@ -59,7 +57,8 @@ class RunLog:
         try:
             self._begin({name: fingerprint(value) for name, value in inputs.items()})
             if self.save_every:
-                how_to_go_on = f"; to go on: python {self.options.script} --out {self.folder} --resume"
+                folder = shlex.quote(str(self.folder))
+                how_to_go_on = f"; to go on as it is: python {self.options.script} --out {folder} --resume"
             with self._signals():
                 yield
         except (Exception, KeyboardInterrupt) as error:
@@ -68,63 +67,80 @@ class RunLog:
                 raise
             raise type(known)(f"{known}{how_to_go_on}") from None
         finally:
-            for handle in (self._bar, self._metrics):
+            for handle in (self._bar, self._lines):
                 if handle is not None:
                     with contextlib.suppress(OSError):  # what a full disk did not take cannot be flushed now either
                         handle.close()
+            if self._lock is not None:
+                os.close(self._lock)
 
     def _begin(self, inputs):
+        self.folder = self.options.folder()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock_folder()
+        self._checkpoints = self.folder / "checkpoint"
         versions = {"python": platform.python_version()}
         versions |= {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
+        machine = {"commit": git_commit(), "versions": versions, "threads": torch.get_num_threads(),
+                   "device": self.options.device}  # fmt: skip
         run = {
             "script": self.options.script,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "options": dataclasses.asdict(self.options) | {"out": str(self.folder)},
             "inputs": inputs,
-            "commit": git_commit(),
-            "versions": versions,
-            "threads": torch.get_num_threads(),
+            **machine,
         }
-        if (self.folder / "run.json").exists():
-            self._compare(read_json(self.folder / "run.json"), run)
-        else:
-            self._write("run.json", run)
-        self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
-        self._lock()
-        if (self._checkpoints / "state.pt").exists():
-            self._load_state()
-        self._metrics.truncate(self._saved["metrics_bytes"] if self._saved else 0)  # what follows is done again
+        path, offset = self.folder / "run.json", 0
+        if path.exists():
+            run = read_json(path)
+            self._compare(run, inputs, machine)
+            offset = self._load_state()
+        write_json(path, run)
+        self._lines = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
+        if self._lines.tell() < offset:
+            raise UserError(f"{self.folder}/metrics.jsonl has lost lines that the checkpoint knows; begin a new run")
+        self._lines.truncate(offset)  # what follows is done again
 
-    def _compare(self, begun, run):
-        before = begun["inputs"] if isinstance(begun.get("inputs"), dict) else {}
-        differ = [name for name, value in run["inputs"].items() if before.get(name) != value]
-        if differ:
-            raise UserError(f"--resume: {', '.join(differ)}: not what the run in {self.folder} began with; "
-                            "put it back, or begin a new run")  # fmt: skip
-        if any(begun.get(key) != run[key] for key in ("commit", "versions", "threads")):
-            print(f"note: commit, versions or threads are not those in {self.folder}/run.json; figures may differ in "
-                  "their last digits", file=sys.stderr)  # fmt: skip
-
-    def _lock(self):
+    def _lock_folder(self):
         """UserError where another process writes this run. The lock dies with its process."""
         with contextlib.suppress(ImportError):  # Windows has no fcntl
             import fcntl
 
+            self._lock = os.open(self.folder, os.O_RDONLY)
             try:
-                fcntl.flock(self._metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.folder} belongs to a run that is going on; wait for it, or stop it") from None
+            except OSError:  # a file system without locks
+                pass
+
+    def _compare(self, run, inputs, machine):
+        """UserError for inputs other than those that `run` began with; its machine may be another, which it notes."""
+        before = run["inputs"] if isinstance(run.get("inputs"), dict) else {}
+        differ = [name for name, value in inputs.items() if before.get(name) != value]
+        if differ or not getattr(self.options, "resume", False):
+            what = ", ".join(differ) or "--out"
+            raise UserError(f"--resume: {what}: not what the run in {self.folder} began with; put it back, or begin a "
+                            "new run")  # fmt: skip
+        last = [run, *run.setdefault("resumed", [])][-1]
+        run["resumed"].append(machine)
+        if any(last.get(key) != value for key, value in machine.items()):
+            print(f"note: commit, versions, threads or device are not those in {self.folder}/run.json; figures may "
+                  "differ in their last digits", file=sys.stderr)  # fmt: skip
 
     def _load_state(self):
-        saved = load_checkpoint(self._checkpoints / "state.pt", self.options.device)
-        missing = [name for name in saved["kept"] if not (self._checkpoints / name).exists()]
+        """The size of metrics.jsonl at the last checkpoint, whose state the next loop takes."""
+        path = self._checkpoints / "state.pt"
+        if not path.exists():
+            return 0
+        self._saved = load_checkpoint(path)
+        missing = [name for name in self._saved["finished"] if not (self._checkpoints / name).exists()]
         if missing:
-            raise UserError(f"{self._checkpoints}/{missing[0]} is missing; remove {self._checkpoints} to begin anew")
-        if self._metrics.tell() < saved["metrics_bytes"]:
-            raise UserError(f"{self.folder}/metrics.jsonl has lost lines that the checkpoint knows; begin a new run")
-        self._start -= saved["seconds"]
-        self._saved = saved
-        print(f"resumed: {saved['title']}, after step {saved['step']}")
+            raise UserError(f"{self._checkpoints}/{missing[0]} is missing; remove the folder {self._checkpoints} to "
+                            "begin the run anew")  # fmt: skip
+        self._start -= self._saved["seconds"]
+        print(f"resumed: {self._saved['title']}, after step {self._saved['step']}")
+        return self._saved["metrics_bytes"]
 
     @contextlib.contextmanager
     def _signals(self):
@@ -134,7 +150,7 @@ class RunLog:
             if not self._in_step or self._stop:
                 raise KeyboardInterrupt
             self._stop = True
-            print("\nfinishing this step, to save it; once more stops at once", file=sys.stderr)
+            os.write(2, b"\nfinishing this step, to save it; once more stops at once\n")  # print is not reentrant
 
         if not self.save_every or threading.current_thread() is not threading.main_thread():
             yield
@@ -146,41 +162,33 @@ class RunLog:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _write(self, name, values):
-        with whole(self.folder / name) as new:
-            new.write_text(json.dumps(values, indent=2) + "\n", encoding="ascii")
-
     def progress(self, title, steps, state=None):
         """Yield 1, ..., `steps` under a progress bar on stderr, with checkpoints of `state()`; see checkpoint.py.
 
         A resumed run puts the saved state back into `state()` and goes on with the step behind it.
         """
-        done = 0
-        if state and self._saved and self._saved["title"] == title:
-            done = self._saved["step"]
-            restore(state() | {"random": RandomState()}, self._saved["state"])
-            self._saved = None
+        done, saved, self._saved = 0, self._saved, None
+        if state and saved and saved["title"] == title:
+            done = saved["step"]
+            restore(state() | {"random": RandomState()}, saved["state"])
         self._last_step = time.perf_counter()
         self._bar = tqdm(desc=title, initial=done, total=steps, mininterval=0.5, dynamic_ncols=True)
         for step in range(done + 1, steps + 1):
             self._in_step = True
             yield step
             self._bar.update()
-            due = self.save_every and (step % self.save_every == 0 or step == steps)
-            if state and due:
+            if state and self.save_every and (self._stop or step == steps or step % self.save_every == 0):
                 self._save(title, step, state())
             self._in_step = False
             if self._stop:
-                if state and not due:
-                    self._save(title, step, state())
                 raise Stopped(f"stopped after step {step} of {steps}, {title}")
         self._bar.close()
 
     def _save(self, title, step, state):
-        os.fsync(self._metrics.fileno())
+        os.fsync(self._lines.fileno())
         save_checkpoint(
-            self._checkpoints / "state.pt", title=title, step=step, metrics_bytes=self._metrics.tell(),
-            kept=[path.name for path in self._checkpoints.glob("*.pt")], seconds=time.perf_counter() - self._start,
+            self._checkpoints / "state.pt", title=title, step=step, metrics_bytes=self._lines.tell(),
+            finished=[path.name for path in self._checkpoints.glob("*.pt")], seconds=time.perf_counter() - self._start,
             state=snapshot(state | {"random": RandomState()}),
         )  # fmt: skip
 
@@ -188,18 +196,20 @@ class RunLog:
         """make(*args), or what it returned before the run was interrupted: tensors, numbers, texts, in dicts, lists."""
         path = self._checkpoints / f"{name}.pt"
         if path.exists():
-            return load_checkpoint(path, self.options.device)["value"]
+            saved = load_checkpoint(path, self.options.device)
+            RandomState().load_state_dict(saved["random"])
+            return saved["value"]
         value = make(*args)
         if self.save_every:
-            save_checkpoint(path, value=value)
+            save_checkpoint(path, value=value, random=snapshot(RandomState()))
         return value
 
     def step(self, show=("loss",), **metrics):
         """Write a line of metrics.jsonl; names in `show` go behind the progress bar, too."""
         now = time.perf_counter()
         metrics["step_seconds"], self._last_step = round(now - self._last_step, 4), now
-        self._metrics.write(json.dumps(_finite(metrics)).encode() + b"\n")
-        self._metrics.flush()
+        self._lines.write(json.dumps(_finite(metrics)).encode() + b"\n")
+        self._lines.flush()
         if self._bar is not None:
             self._bar.set_postfix({name: f"{metrics[name]:.3f}" for name in show}, refresh=False)
 
@@ -210,7 +220,7 @@ class RunLog:
     def finish(self, **summary):
         """Write summary.json, and say where everything is."""
         summary["wall_seconds"] = round(time.perf_counter() - self._start, 1)
-        self._write("summary.json", _finite(summary))
+        write_json(self.folder / "summary.json", _finite(summary))
         shutil.rmtree(self._checkpoints, ignore_errors=True)
         print(f"written to {self.folder}/: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
 

@@ -5,7 +5,6 @@ No torch here: what is not there, or broken at first sight, is refused before to
 
 import importlib
 import importlib.util
-import json
 import os
 import sys
 import threading
@@ -16,6 +15,9 @@ from pathlib import Path
 from safetensors import safe_open
 
 from .errors import UserError, first_line
+from .files import read_json
+
+_CONFIGS = ("config.json", "adapter_config.json")
 
 
 def hub_reachable(timeout=1.0):
@@ -95,20 +97,6 @@ def check_model(name):
             safe_open(path, framework="np").keys()
         except Exception as error:  # SafetensorError, or what the file system raises
             raise UserError(f"{path} cannot be read: {first_line(error)}; is it a whole file?") from None
-
-
-_CONFIGS = ("config.json", "adapter_config.json")
-
-
-def read_json(path):
-    """The object in a JSON file; UserError where there is none."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("an object {...} is needed")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
-    return value
 
 
 def is_function(spec):

@@ -172,7 +172,9 @@ def ensure_texts():
 
 
 def ensure_run(folder, main, flags=()):
-    """Run `main` with these flags into `folder`, unless a finished run with a model is there; others are made anew."""
-    if not (Path(folder, "summary.json").exists() and Path(folder, "model").exists()):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Run `main` with these flags into `folder`, unless it has a model; what was interrupted is resumed."""
+    if not Path(folder, "summary.json").exists():
+        main(["--out", folder, "--resume", *flags])
+    elif not Path(folder, "model").exists():  # the reward model was refused
+        shutil.rmtree(folder)
         main(["--out", folder, *flags])

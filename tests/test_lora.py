@@ -755,7 +755,7 @@ def test_an_adapter_that_does_not_fit_is_one_line(adapter, case):
 def test_a_config_that_is_no_object_is_one_line(adapter, content):
     """An adapter_config.json that is cut off, empty or no JSON object is refused by the folder's name."""
     (adapter / "adapter_config.json").write_text(content)
-    with pytest.raises(UserError, match="not an adapter in PEFT's format") as error:
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read") as error:
         load_policy(str(adapter), CPU, 32)
     assert str(error.value).startswith(str(adapter))
 

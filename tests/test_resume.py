@@ -15,14 +15,17 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlhf_min.pretrain
 import train_reinforce
 import train_rm
 import train_warp
-from rlhf_min import checkpoint, reward_model, runlog
+from rlhf_min import checkpoint, files, reward_model, runlog
 from rlhf_min.batches import Batches
-from rlhf_min.checkpoint import RandomState, fingerprint, load_checkpoint, restore, save_checkpoint, snapshot, whole
+from rlhf_min.checkpoint import RandomState, fingerprint, load_checkpoint, restore, save_checkpoint, snapshot
+from rlhf_min.errors import UserError
+from rlhf_min.files import whole
 from rlhf_min.precision import Optimizer
 from tests.kills import results, survive
 
@@ -89,8 +92,9 @@ def disturbed(*disturbance, **how):
 
 
 def one_line(capsys):
-    """The one line on stderr that begins with `error`, apart from progress bars."""
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if line.startswith("error")]
+    """The one line on stderr that says how it ended, apart from progress bars."""
+    lines = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    lines = [line for line in lines if line.startswith(("error: ", "stopped"))]
     assert len(lines) == 1
     return lines[0]
 
@@ -132,13 +136,15 @@ def test_a_folder_is_replaced_when_it_is_complete(tmp_path):
     with pytest.raises(Crash), whole(path) as new:
         new.mkdir()
         raise Crash
+    with disturbed(os, "replace", 2, error=OSError()), pytest.raises(OSError), whole(path) as new:
+        new.mkdir()  # the old one is aside already when the new one cannot take its name
     assert [file.name for file in path.iterdir()] == ["second"] and list(tmp_path.iterdir()) == [path]
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     """fsync of the file comes before the rename, that of its folder after it: a power cut leaves old or new."""
     order = []
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: order.append(path.name))
+    monkeypatch.setattr(files, "_sync", lambda path: order.append(path.name))
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: (order.append("rename"), replace(*paths)))
     with whole(tmp_path / "file") as new:
@@ -219,8 +225,21 @@ def test_fingerprints_know_weights_and_data(tiny_policy):
     with torch.no_grad():
         next(tiny_policy.parameters()).view(-1)[5] += 1e-6
     assert fingerprint({"a": tiny_policy, "b": [1, "x"]}) != before
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
+                                         num_attention_heads=1))  # fmt: skip
+    before = fingerprint(llama)  # whose backbone is called `model`, like that of a judge
+    llama.lm_head.weight.data[0, 0] += 1
+    assert fingerprint(llama) != before
     function = reward_model.RewardFunction(len, "builtins.len", "cpu")
     assert "0x" not in repr(function)  # no address, which another process would not have
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), OSError(errno.EIO, "I/O error")])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_broken(tmp_path, error):
+    """No memory, or a disk that fails: nobody is told to remove a file that may be whole."""
+    save_checkpoint(tmp_path / "c.pt", value=1)
+    with disturbed(checkpoint.torch, "load", 1, error=error), pytest.raises(type(error)):
+        load_checkpoint(tmp_path / "c.pt")
 
 
 # crashes
@@ -350,7 +369,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(in_world, left_alone, tm
     assert stop.value.code == 130 and len(begun) == 3
     message = one_line(capsys)
     command = f"python train_reinforce.py --out {tmp_path / 'run'} --resume"
-    assert "stopped after step 3 of 5" in message and message.endswith(f"to go on: {command}")
+    assert "stopped after step 3 of 5" in message and message.endswith(f"to go on as it is: {command}")
     monkeypatch.undo()
     monkeypatch.chdir(in_world)
     train_reinforce.main(command.split()[2:])
@@ -367,7 +386,7 @@ def test_a_second_ctrl_c_stops_at_once(in_world, left_alone, tmp_path, capsys, m
     monkeypatch.setattr(train_reinforce, "policy_gradient_loss", twice)
     with pytest.raises(SystemExit) as stop:
         run("reinforce", tmp_path / "run")
-    assert stop.value.code == 130 and "stopped; to go on" in one_line(capsys)
+    assert stop.value.code == 130 and "stopped; to go on as it is: python" in one_line(capsys)
     monkeypatch.undo()
     monkeypatch.chdir(in_world)
     with disturbed(train_reinforce, "judge_policy", 1, error=KeyboardInterrupt), pytest.raises(SystemExit):
@@ -508,6 +527,21 @@ def test_a_reward_function_that_fails(in_world, tmp_path, capsys, monkeypatch):
         assert results(tmp_path / fragment[:5]) == results(tmp_path / "alone")
 
 
+def test_random_rewards_repeat_before_the_first_checkpoint(in_world, tmp_path, monkeypatch):
+    """The evaluation before training is not done again; nor are the numbers drawn again that its reward drew."""
+    text = "import random\ndef f(prompts, completions, **columns):\n    return [random.random() for _ in completions]\n"
+    (tmp_path / "dice.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, moment in (("reinforce", 1), ("warp", 4)):
+        for out in ("alone", "run"):
+            random.seed(0)
+            with disturbed(runlog.RunLog, "step", moment if out == "run" else 99), contextlib.suppress(Crash):
+                run(name, tmp_path / name / out, "--reward-model", "dice.f")
+        random.seed(1)
+        resume(name, tmp_path / name / "run", "--reward-model", "dice.f")
+        assert results(tmp_path / name / "run") == results(tmp_path / name / "alone")
+
+
 # what --resume refuses
 
 
@@ -617,6 +651,38 @@ def test_two_processes_do_not_write_one_run(interrupted, left_alone, capsys):
         resume("reinforce", interrupted)
     assert seen == [0] * 3
     assert results(interrupted) == left_alone("reinforce")
+
+
+def test_two_runs_begun_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
+    """The free name is taken when the run begins, not minutes before; without --resume no other run is gone on with."""
+    monkeypatch.chdir(tmp_path)
+    options = train_rm.parse_options(train_rm.RewardModelOptions, [])
+    first, second = runlog.RunLog(options), runlog.RunLog(options)
+    with first.running(data=1):
+        pass
+    with second.running(data=1):
+        assert (str(first.folder), str(second.folder)) == ("runs/rm-1", "runs/rm-2")
+    third = runlog.RunLog(options)
+    monkeypatch.setattr(options, "folder", lambda: first.folder)  # another process was faster by a moment
+    with pytest.raises(UserError, match="not what the run in runs/rm-1 began with"), third.running(data=1):
+        pass
+
+
+def test_a_resumed_run_says_where_it_was_resumed(interrupted, monkeypatch, capsys):
+    """run.json keeps what the run began with, and adds commit, versions, threads and device of every resumption."""
+    begun = json.loads((interrupted / "run.json").read_text())
+    monkeypatch.setattr(runlog, "git_commit", lambda: "another")
+    resume("reinforce", interrupted)
+    run = json.loads((interrupted / "run.json").read_text())
+    assert [machine["commit"] for machine in run.pop("resumed")] == ["another"] and run == begun
+    assert "note: commit, versions, threads or device are not those" in capsys.readouterr().err
+
+
+def test_a_refused_reward_model_is_not_finished_by_asking_again(in_world, tmp_path, capsys):
+    """`train_rm.py --resume && train_reinforce.py` must not go on without a model."""
+    resume("rm", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/model")
+    assert "has finished without a model" in refused(capsys, "rm", tmp_path / "run", "--resume")
 
 
 def test_resume_begins_where_there_is_nothing_and_leaves_what_is_finished(in_world, left_alone, tmp_path, capsys):

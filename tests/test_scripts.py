@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -578,7 +579,7 @@ def test_policies_are_compared_at_the_same_kl(reinforce_run, lora_reinforce_run,
 
 
 def test_a_run_without_a_model_is_not_cached(tmp_path):
-    """A run that was interrupted, or whose reward model was refused, is made anew; a finished one is left alone."""
+    """A run that was interrupted is resumed, a refused reward model is made anew, a finished run is left alone."""
     calls, folder = [], tmp_path / "run"
 
     def main(argv):
@@ -587,10 +588,11 @@ def test_a_run_without_a_model_is_not_cached(tmp_path):
         (folder / "summary.json").write_text("{}")
 
     folder.mkdir()
-    (folder / "summary.json").write_text("{}")
+    toy.ensure_run(str(folder), main)
+    shutil.rmtree(folder / "model")
     toy.ensure_run(str(folder), main)
     toy.ensure_run(str(folder), main)
-    assert calls == [["--out", str(folder)]]
+    assert calls == [["--out", str(folder), "--resume"], ["--out", str(folder)]]
 
 
 def readme_commands():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, so before that
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts, e.g. train_warp, are no package
+os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])  # for other processes
 
 import pytest
 import torch

@@ -7,6 +7,7 @@ must be equal to the byte, but for fields that end in `seconds`; exit code 1 whe
 """
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -46,6 +47,21 @@ def results(folder):
         elif name != "run.json":
             found[name] = path.read_bytes()
     return found
+
+
+def run_quietly(folder, script, argv):
+    """Run a script's main in this process; for tests, which start it in one that has nothing else to do."""
+    import torch
+
+    from rlhf_min import plots
+
+    os.chdir(folder)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    torch.set_num_threads(1)
+    plots._pyplot = lambda: None
+    importlib.import_module(script).main(argv)
 
 
 def half_written(folder):

@@ -101,6 +101,9 @@ def test_the_hub_is_asked_once_and_shortly(monkeypatch):
     assert all(url == "https://hub.invalid" and timeout <= 2 for url, timeout in seen)
 
 
+NOT_TRUSTED = {"trust_remote_code": False}  # code in a model folder never runs, not even after a y on the terminal
+
+
 class Hub:
     """A class like AutoTokenizer whose models are in no cache, but on the hub (or fail there with `error`)."""
 
@@ -118,7 +121,7 @@ class Hub:
 def test_a_hub_name_is_loaded_where_the_hub_answers(monkeypatch):
     """A name owner/name that is in no cache comes from the hub; a failure there is one line with the name."""
     monkeypatch.setattr("rlhf_min.models.hub_reachable", lambda: True)
-    assert _load(Hub, "owner/name", dtype=torch.float32) == ("owner/name", {"dtype": torch.float32})
+    assert _load(Hub, "owner/name", dtype=torch.float32) == ("owner/name", NOT_TRUSTED | {"dtype": torch.float32})
     monkeypatch.setattr(Hub, "error", OSError("owner/name is not a valid model identifier\nIf this is a private one"))
     with pytest.raises(UserError, match=r"^owner/name cannot be loaded from the hub: .*identifier$"):
         _load(Hub, "owner/name")

@@ -70,7 +70,7 @@ def sft_of(run):
 
 
 if __name__ == "__main__":
-    refuse_mistakes(EvaluateOptions)  # before torch and transformers take their seconds
+    refuse_mistakes(EvaluateOptions)
 
 import torch
 

@@ -41,7 +41,7 @@ class ReinforceOptions(PolicyOptions):
 
 
 if __name__ == "__main__":
-    refuse_mistakes(ReinforceOptions)  # before torch and transformers take their seconds
+    refuse_mistakes(ReinforceOptions)
 
 import torch
 

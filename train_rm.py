@@ -11,7 +11,6 @@ them: training and scoring tokenise by the same function, reward_model.encode_an
 import math
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from rlhf_min import toy
@@ -54,22 +53,20 @@ class RewardModelOptions(LoRAOptions):
     accept_weak: bool = option(False, "save the model even if it does not beat chance by 3 standard errors")
     seed: int = option(42, "seed of the head, the order of the pairs and dropout", low=0, high=2**31 - 1)
 
+    def rows(self):
+        return [(load_pairs, self.data), (load_pairs, self.eval_data)]
+
     def check(self):
         super().check()
-        check_names(files=[self.data, self.eval_data], models=[self.base])
+        check_names(models=[self.base])
         if self.ties != "strict" and self.head == "scalar":
             raise UserError("--ties goes with --head ordinal only; leave one of them out")
         if self.margin and self.head == "ordinal":
             raise UserError("--margin goes with --head scalar only; leave one of them out")
 
-    def check_rows(self):
-        for file in (self.data, self.eval_data):
-            if Path(file).is_file():
-                load_pairs(file)
-
 
 if __name__ == "__main__":
-    refuse_mistakes(RewardModelOptions)  # before torch and transformers take their seconds
+    refuse_mistakes(RewardModelOptions)
 
 import torch
 

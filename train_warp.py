@@ -30,7 +30,7 @@ class WarpOptions(PolicyOptions):
 
 
 if __name__ == "__main__":
-    refuse_mistakes(WarpOptions)  # before torch and transformers take their seconds
+    refuse_mistakes(WarpOptions)
 
 import torch
 

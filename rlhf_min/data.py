@@ -38,25 +38,18 @@ def read_rows(source):
 
     Lines end at the byte 0x0A alone: str.splitlines would also cut at U+0085 and U+2028, which reviews contain.
     """
-    path = Path(source)
     check_source(source)
-    if not path.is_file():
+    if not Path(source).is_file():
         yield from _hub_rows(source)
         return
-    count = 0
-    for number, line in enumerate(_read_lines(path), 1):
-        if not line.strip():
-            continue
+    for where, line in _read_lines(source):
         try:
             row = json.loads(line, object_pairs_hook=_unambiguous)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{source}, line {number}: not JSON ({str(error)[:80]}); one object a line") from None
+            raise UserError(f"{where}: not JSON ({str(error)[:80]}); one object a line") from None
         if not isinstance(row, dict):
-            raise UserError(f"{source}, line {number}: {type(row).__name__} where an object {{...}} belongs")
-        count += 1
-        yield f"{source}, line {number}", row
-    if not count:
-        raise UserError(f"{source}: the file is empty; it needs at least one line")
+            raise UserError(f"{where}: {type(row).__name__} where an object {{...}} belongs")
+        yield where, row
 
 
 def _unambiguous(pairs):
@@ -66,12 +59,19 @@ def _unambiguous(pairs):
     return row
 
 
-def _read_lines(path):
+def _read_lines(source):
+    """Yield (where, line) of the lines that are not blank, as bytes, which split at b"\\n" only."""
+    empty = True
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            yield from file  # bytes split at b"\n" only
+        with gzip.open(source, "rb") if source.endswith(".gz") else open(source, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{source}, line {number}", line
+                    empty = False
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}; is it a whole file?") from None
+        raise UserError(f"{source} cannot be read: {error}; is it a whole file?") from None
+    if empty:
+        raise UserError(f"{source}: the file is empty; it needs at least one line")
 
 
 def _hub_rows(source):
@@ -195,19 +195,12 @@ def read_texts(source):
         for where, row in read_rows(source):
             yield _text(row, "text", where)
         return
-    if not Path(source).is_file():
-        raise UserError(f"{source}: no such file")
-    count = 0
-    for number, line in enumerate(_read_lines(Path(source)), 1):
+    check_source(source)
+    for where, line in _read_lines(source):
         try:
-            text = line.decode("utf-8").removeprefix("\ufeff").strip()
+            yield line.decode("utf-8").removeprefix("\ufeff").strip()
         except UnicodeDecodeError as error:
-            raise UserError(f"{source}, line {number}: not UTF-8 ({error.reason}); convert the file") from None
-        if text:
-            count += 1
-            yield text
-    if not count:
-        raise UserError(f"{source}: the file is empty; it needs at least one line of text")
+            raise UserError(f"{where}: not UTF-8 ({error.reason}); convert the file") from None
 
 
 def read_prompts(source, max_characters=0):

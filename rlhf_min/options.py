@@ -57,12 +57,14 @@ class RunOptions:
             raise UserError(f"--out {self.out} holds another run or other files; name a new folder, or add --resume")
         return folder
 
+    def rows(self):
+        """[(reader, file)] of the data that the options name."""
+        return []
+
     def check(self):
         """UserError for flags that do not go together and for names of what is not there."""
         self.folder()
-
-    def check_rows(self):
-        """UserError for rows that cannot be read. Loading them checks them, too, but much later."""
+        check_names(files=[file for _, file in self.rows()])
 
 
 @dataclass
@@ -116,17 +118,15 @@ class SamplingOptions(RunOptions):
         """The files of prompts that the options name."""
         return [self.prompts]
 
+    def rows(self):
+        return [(read_prompts, file) for file in self.prompt_files()]
+
     def check(self):
         super().check()
         if self.prompt_tokens >= self.max_length:
             raise UserError(f"--prompt-tokens {self.prompt_tokens} leaves no room for an answer; --max-length is "
                             f"{self.max_length}")  # fmt: skip
-        check_names(files=self.prompt_files(), judges=[spec.partition("=")[2] or spec for spec in self.judges])
-
-    def check_rows(self):
-        for file in self.prompt_files():
-            for _ in read_prompts(file) if Path(file).is_file() else ():
-                pass
+        check_names(judges=[spec.partition("=")[2] or spec for spec in self.judges])
 
 
 @dataclass
@@ -288,7 +288,9 @@ def parse_options(options_class, argv=None):
 
 @one_line_errors
 def refuse_mistakes(options_class):
-    """Check the command line and the files that it names; scripts call this before they import torch."""
+    """Check the command line and the files that it names, rows and all, before torch takes its seconds to import."""
     options = parse_options(options_class)
     options.check()
-    options.check_rows()
+    for read, file in options.rows():
+        for _ in read(file) if Path(file).is_file() else ():
+            pass

@@ -7,12 +7,11 @@ sequences. The loss is next-token cross-entropy, averaged over tokens:  L = −m
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from .data import read_texts
 from .errors import UserError, one_line_errors
-from .options import TrainingOptions, check_names, option, parse_options, refuse_mistakes
+from .options import TrainingOptions, option, parse_options, refuse_mistakes
 
 
 @dataclass
@@ -32,19 +31,17 @@ class PretrainOptions(TrainingOptions):
     weight_decay: float = option(0.01, "AdamW weight decay", low=0)
     seed: int = option(42, "seed of the initial weights and of the order of the texts", low=0, high=2**31 - 1)
 
+    def rows(self):
+        return [(read_texts, self.data)]
+
     def check(self):
         super().check()
-        check_names(files=[self.data])
         if self.width % 32:
             raise UserError(f"--width {self.width} must be a multiple of 32, the size of a head")
 
-    def check_rows(self):
-        for _ in read_texts(self.data) if Path(self.data).is_file() else ():
-            pass
-
 
 if __name__ == "__main__":
-    refuse_mistakes(PretrainOptions)  # before torch and transformers take their seconds
+    refuse_mistakes(PretrainOptions)
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

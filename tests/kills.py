@@ -29,7 +29,7 @@ COMMANDS = {
 
 
 def without_seconds(value):
-    """A JSON value without what a clock measured, and without the name of the run's folder."""
+    """A JSON value without what a clock measured."""
     if isinstance(value, dict):
         return {key: without_seconds(item) for key, item in value.items() if not key.endswith("seconds")}
     return [without_seconds(item) for item in value] if isinstance(value, list) else value

@@ -447,3 +447,15 @@ def test_pad_by_hand():
     assert tokens.tolist() == [[5, 9], [7, 9]] and mask.tolist() == [[True, True], [True, False]]
     tokens, mask = pad([[5, 9], [7]], 9, "cpu", side="left")
     assert tokens.tolist() == [[5, 9], [9, 7]] and mask.tolist() == [[True, True], [False, True]]
+
+
+def test_a_file_that_is_not_written_to_its_end_is_not_there(tmp_path):
+    """What counts as cached because it exists, as the embedded world's texts do, must be whole."""
+
+    def rows():
+        yield {"text": "a"}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_jsonl(tmp_path / "a.jsonl", rows())
+    assert list(tmp_path.iterdir()) == []

@@ -2,8 +2,9 @@
 
     python tests/kills.py [train_rm.py train_reinforce.py train_warp.py rlhf_min.pretrain]
 
-Half of the kills come at a random moment, half while a file is being written. Weights, metrics.jsonl and summary.json
-must be equal to the byte, but for fields that end in `seconds`; exit code 1 where they are not. It takes 12 minutes.
+The kills are spread over the run, at random moments; half of them wait until a file is being written. Weights,
+metrics.jsonl and summary.json must be equal to the byte, but for fields that end in `seconds`; exit code 1 where they
+are not. It takes ten minutes.
 """
 
 import contextlib
@@ -73,9 +74,21 @@ def half_written(folder):
     return found
 
 
-def kill_one(process, folder, delay, while_writing):
-    """kill -9 after `delay` seconds, or at the first write after that; (killed, while writing)."""
-    end, stale = time.monotonic() + delay, half_written(folder)
+def steps_done(folder):
+    """The lines of metrics.jsonl."""
+    path = Path(folder, "metrics.jsonl")
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_one(process, folder, steps, seconds, while_writing):
+    """kill -9 when `steps` are done and then `seconds` have passed, or at the first write after that.
+
+    Returns (killed, while writing).
+    """
+    stale = half_written(folder)
+    while process.poll() is None and steps_done(folder) < steps:
+        time.sleep(0.0005)
+    end = time.monotonic() + seconds
     while process.poll() is None:
         if time.monotonic() > end and (not while_writing or half_written(folder) - stale):
             process.kill()
@@ -85,16 +98,22 @@ def kill_one(process, folder, delay, while_writing):
     return False, False
 
 
-def survive(start, folder, delays, rng):
-    """Start, kill, start again, ...; at last let it finish. Returns (kills, kills while writing)."""
-    kills = written = 0
-    for i, (low, high) in enumerate(delays):
-        killed, writing = kill_one(start(), folder, rng.uniform(low, high), while_writing=i % 2 == 1)
-        kills, written = kills + killed, written + writing
+def survive(start, folder, kills, steps, begin_seconds, step_seconds, rng):
+    """Start, kill, start again, ... over a run of `steps`; at last let it finish. Returns (kills, while writing).
+
+    A quarter of the kills comes while a process begins, which takes `begin_seconds`; the last one after the last step.
+    """
+    killed = written = 0
+    for i in range(kills):
+        begins = i % 4 == 2
+        done = 0 if begins else int(steps * (i + rng.random()) / kills) if i < kills - 1 else steps
+        seconds = rng.uniform(0, begin_seconds if begins else 2 * step_seconds)
+        died, writing = kill_one(start(), folder, done, seconds, while_writing=i % 2 == 1)
+        killed, written = killed + died, written + writing
     process = start()
     if process.wait() != 0:
         raise RuntimeError(f"the resumed run ended with {process.returncode}")
-    return kills, written
+    return killed, written
 
 
 def main():
@@ -112,13 +131,11 @@ def main():
 
         for name in names:
             alone, killed = Path(temporary, f"{name}-alone"), Path(temporary, f"{name}-killed")
-            begun = time.monotonic()
             if start(name, alone).wait() != 0:
                 raise SystemExit(Path(temporary, "output.txt").read_text())
-            share = (time.monotonic() - begun) / KILLS
-            # a process needs some 5 seconds to its first step; the later kills let it get a bit further
-            delays = [(2, 5 + 2 * share)] * KILLS
-            kills, written = survive(lambda: start(name, killed), killed, delays, rng)  # noqa: B023
+            rows = [json.loads(line) for line in Path(alone, "metrics.jsonl").read_text().splitlines()]
+            kills, written = survive(lambda: start(name, killed), killed, KILLS, len(rows), begin_seconds=5,  # noqa: B023
+                                     step_seconds=rows[-1]["step_seconds"], rng=rng)  # fmt: skip
             one, other = results(alone), results(killed)
             differ = sorted(file for file in one.keys() | other.keys() if one.get(file) != other.get(file))
             print(f"{name}: killed {kills} times, {written} while writing; {len(one)} files, "

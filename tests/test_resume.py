@@ -357,6 +357,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(in_world, left_alone, tm
     message = one_line(capsys)
     command = f"python train_reinforce.py --out {tmp_path / 'run'} --resume"
     assert "stopped after step 3 of 5" in message and message.endswith(f"to go on as it is: {command}")
+    assert load_checkpoint(tmp_path / "run/checkpoint/state.pt")["step"] == 3
     monkeypatch.undo()
     monkeypatch.chdir(in_world)
     train_reinforce.main(command.split()[2:])

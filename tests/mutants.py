@@ -171,8 +171,8 @@ MUTANTS = [
     ("runlog", '            RandomState().load_state_dict(saved["random"])\n', ""),
     ("runlog", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
 ]  # fmt: skip
-TESTS = {"lora": ["lora"], "batches": ["data", "rollout", "resume"], "checkpoint": ["resume", "bad_input"], "files": ["resume"],
-         "runlog": ["resume"]}  # fmt: skip
+TESTS = {"lora": ["lora"], "batches": ["data", "rollout", "resume"], "checkpoint": ["resume", "bad_input"],
+         "files": ["resume"], "runlog": ["resume"]}  # fmt: skip
 
 
 def passes(folder, test):

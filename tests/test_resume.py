@@ -377,8 +377,15 @@ def test_a_second_ctrl_c_stops_at_once(in_world, left_alone, tmp_path, capsys, m
     assert stop.value.code == 130 and "stopped; to go on as it is: python" in one_line(capsys)
     monkeypatch.undo()
     monkeypatch.chdir(in_world)
-    with disturbed(train_reinforce, "judge_policy", 1, error=KeyboardInterrupt), pytest.raises(SystemExit):
-        resume("reinforce", tmp_path / "run")
+
+    def once(*inputs):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise Crash
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_reinforce, "summarise", once)
+        with pytest.raises(SystemExit):
+            resume("reinforce", tmp_path / "run")
     resume("reinforce", tmp_path / "run")
     assert results(tmp_path / "run") == left_alone("reinforce")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -116,12 +116,13 @@ class RunLog:
 
     def _compare(self, run, inputs, machine):
         """UserError for inputs other than those that `run` began with; its machine may be another, which it notes."""
+        if not getattr(self.options, "resume", False):
+            raise UserError(f"{self.folder} was taken by another run a moment ago; name another --out")
         before = run["inputs"] if isinstance(run.get("inputs"), dict) else {}
         differ = [name for name, value in inputs.items() if before.get(name) != value]
-        if differ or not getattr(self.options, "resume", False):
-            what = ", ".join(differ) or "--out"
-            raise UserError(f"--resume: {what}: not what the run in {self.folder} began with; put it back, or begin a "
-                            "new run")  # fmt: skip
+        if differ:
+            raise UserError(f"--resume: {', '.join(differ)}: not what the run in {self.folder} began with; "
+                            "put it back, or begin a new run")  # fmt: skip
         last = [run, *run.setdefault("resumed", [])][-1]
         run["resumed"].append(machine)
         if any(last.get(key) != value for key, value in machine.items()):

@@ -634,7 +634,7 @@ def test_two_runs_begun_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
         assert (str(first.folder), str(second.folder)) == ("runs/rm-1", "runs/rm-2")
     third = runlog.RunLog(options)
     monkeypatch.setattr(options, "folder", lambda: first.folder)  # another process was faster by a moment
-    with pytest.raises(UserError, match="not what the run in runs/rm-1 began with"), third.running(data=1):
+    with pytest.raises(UserError, match="runs/rm-1 was taken by another run"), third.running(data=1):
         pass
 
 

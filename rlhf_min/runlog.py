@@ -156,7 +156,9 @@ class RunLog:
         if not self.save_every or threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = [number for number in (signal.SIGINT, signal.SIGTERM)
+                  if signal.getsignal(number) is not signal.SIG_IGN]  # fmt: skip  # a script's & has it ignored
+        before = {number: signal.signal(number, stop) for number in heeded}
         try:
             yield
         finally:

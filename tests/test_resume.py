@@ -68,6 +68,14 @@ def left_alone(world):
     return make
 
 
+@pytest.fixture(autouse=True)
+def _terminal():
+    """Ctrl-C as in a terminal, also where the tests run in the background, where SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def crash_at(patch, owner, name, moment, before=True, error=None):
     """Let a function fail at its `moment`-th call, before or after it does its work."""
     function, calls = getattr(owner, name), [0]
@@ -361,6 +369,16 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(in_world, left_alone, tm
     monkeypatch.undo()
     monkeypatch.chdir(in_world)
     train_reinforce.main(command.split()[2:])
+    assert results(tmp_path / "run") == left_alone("reinforce")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(in_world, left_alone, tmp_path, monkeypatch):
+    """Under nohup, or in the background of a script, a Ctrl-C in the terminal is for others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    score = train_reinforce.policy_gradient_loss
+    monkeypatch.setattr(train_reinforce, "policy_gradient_loss",
+                        lambda *inputs: (os.kill(os.getpid(), signal.SIGINT), score(*inputs))[1])  # fmt: skip
+    run("reinforce", tmp_path / "run")
     assert results(tmp_path / "run") == left_alone("reinforce")
 
 

@@ -258,7 +258,7 @@ MOMENTS = [
     ("reinforce", runlog.RunLog, "step", 4), ("reinforce", train_reinforce, "judge_policy", 2),
     ("reinforce", runlog, "save_checkpoint", 3), ("warp", runlog.RunLog, "step", 2), ("warp", runlog.RunLog, "step", 5),
     ("warp", runlog, "save_checkpoint", 3), ("warp", train_warp, "save_policies", 1),
-    ("warp", train_warp, "sweep_front", 1), ("warp", runlog, "save_checkpoint", 6),
+    ("warp", train_warp, "sweep_front", 1),
     ("lora-warp", runlog.RunLog, "step", 9), ("lora-warp", train_warp, "save_adapter", 2),
     ("pretrain", runlog.RunLog, "step", 3),
 ]  # fmt: skip
@@ -283,15 +283,6 @@ def test_a_crash_before_the_first_checkpoint_begins_anew(in_world, left_alone, t
     assert (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/checkpoint/state.pt").exists()
     resume("reinforce", tmp_path / "run")
     assert results(tmp_path / "run") == left_alone("reinforce")
-
-
-def test_many_crashes_in_a_row(in_world, left_alone, tmp_path):
-    """A run that never gets further than three steps at a time arrives all the same."""
-    for _ in range(6):
-        with disturbed(runlog.RunLog, "step", 3), contextlib.suppress(Crash):
-            resume("warp", tmp_path / "run")
-    resume("warp", tmp_path / "run")
-    assert results(tmp_path / "run") == left_alone("warp")
 
 
 def test_nothing_finished_is_done_twice(in_world, tmp_path, monkeypatch):

@@ -621,8 +621,8 @@ def parse_flags(module, flags):
 
 SAMPLING = ["--batch-size", "8", "--max-length", "32"]
 SMALL_FLAGS = {
-    "train_warp": [*SAMPLING, "--steps", "2", "--num-eval-prompts", "8", "--iterations", "1"],
-    "train_reinforce": [*SAMPLING, "--steps", "2", "--num-eval-prompts", "8"],
+    "train_warp": [*SAMPLING, "--steps", "1", "--num-eval-prompts", "8", "--iterations", "1"],
+    "train_reinforce": [*SAMPLING, "--steps", "1", "--num-eval-prompts", "8"],
     "train_rm": ["--epochs", "1", "--accept-weak"],
     "evaluate": [*SAMPLING, "--num-prompts", "8"],
     "rlhf_min.pretrain": ["--epochs", "1"],

@@ -34,7 +34,7 @@ def plot_metrics(metrics, names, path, series=None):
         panel.set_xlabel("step")
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
-    if series:
+    if series and len(lines) <= 8:  # more would cover the lines, and colours repeat after ten
         panels[0][0].legend(fontsize=8)
     _save(pyplot, figure, path)
 

@@ -15,7 +15,7 @@ from rlhf_min import toy
 from rlhf_min.data import without
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.files import read_json
-from rlhf_min.options import SamplingOptions, check_names, option, parse_options, refuse_mistakes
+from rlhf_min.options import SamplingOptions, option, parse_options, refuse_mistakes
 
 
 @dataclass
@@ -37,18 +37,26 @@ class EvaluateOptions(SamplingOptions):
         256, "prompts, drawn by --seed: with seed and number of a training run, those it held out", low=2
     )
 
-    def prompt_files(self):
+    def files(self):
         return [self.prompts, self.exclude]
 
+    def policy_names(self):
+        return [*self.policies, *map(sft_of, self.front), *(f"{run}/merged" for run in self.front)]
+
+    def draw_from(self, prompts, others):
+        prompts = without(prompts, others)
+        if len(prompts) < self.num_prompts:
+            raise UserError(f"{self.prompts}: {len(prompts)} distinct prompts; lower --num-prompts {self.num_prompts}")
+        return prompts
+
     def check(self):
-        super().check()
         if self.front and self.policies:
             raise UserError("--front and --policies exclude each other; run evaluate.py twice")
         if self.front and self.match_kl:
             raise UserError("--match-kl goes with --policies; a front has all of its KLs")
         if not self.front and not self.policies:
             self.policies = [toy.POLICY, newest_warp_run()]
-        check_names(models=[*self.policies, *map(sft_of, self.front)])
+        super().check()
 
 
 def newest_warp_run():
@@ -87,7 +95,6 @@ from rlhf_min.evaluation import (
     win_rate,
     z_score,
 )
-from rlhf_min.inputs import prompts_of
 from rlhf_min.models import get_weights, load_policy
 from rlhf_min.plots import plot_front
 from rlhf_min.precision import resolve_device
@@ -96,12 +103,7 @@ from rlhf_min.runlog import RunLog
 
 def draw_prompts(tokenizer, options):
     """`num_prompts` prompts of the file; the same ones for every policy with the same tokenizer."""
-    prompts, excluded = (prompts_of(file, tokenizer, options) for file in options.prompt_files())
-    prompts = without(prompts, excluded)
-    if len(prompts) < options.num_prompts:
-        raise UserError(
-            f"{options.prompts}: {len(prompts)} distinct prompts; lower --num-prompts {options.num_prompts}"
-        )
+    prompts = options.draw_from(*options.load_prompts(tokenizer))
     return shuffle(prompts, torch.Generator().manual_seed(options.seed))[: options.num_prompts]
 
 
@@ -153,7 +155,7 @@ def main(argv=None):
     log = RunLog(options)
     judged_by_toy = [] if options.judges else [toy.REWARD_MODEL]
     options.judges = options.judges or [f"reward={toy.REWARD_MODEL}", *toy.JUDGES]
-    train_rm.prepare_inputs(options.prompt_files(), [*options.policies, *judged_by_toy])
+    train_rm.prepare_inputs(options.files(), [*options.policies, *judged_by_toy])
     judges = load_judges(options.judges, device)
 
     if options.front:

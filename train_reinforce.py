@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.options import PolicyOptions, option, parse_options, refuse_mistakes
+from rlhf_min.preflight import has_sigma
 
 
 @dataclass
@@ -38,6 +39,12 @@ class ReinforceOptions(PolicyOptions):
         if self.baseline == "leave-one-out" and self.num_generations < 2:
             raise UserError("--baseline leave-one-out compares answers to one prompt; set --num-generations to 2 or "
                             "more")  # fmt: skip
+        self.check_sigma(has_sigma(self.reward_model))
+
+    def check_sigma(self, there):
+        """UserError where --sigma asks for the σ of a judge that gives none."""
+        if self.sigma != "off" and not there:
+            raise UserError(f"--sigma {self.sigma}: {self.reward_model} gives no σ; name an ordinal reward model")
 
 
 if __name__ == "__main__":
@@ -126,10 +133,9 @@ def main(argv=None):
     options.check()
     device = resolve_device(options)
     log = RunLog(options)
-    train_rm.prepare_inputs(options.prompt_files(), [options.policy, options.reward_model])
+    train_rm.prepare_inputs(options.files(), [options.policy, options.reward_model])
     policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
-    if options.sigma != "off" and not judges["reward"].has_sigma:
-        raise UserError(f"--sigma {options.sigma}: {options.reward_model} gives no σ; name an ordinal reward model")
+    options.check_sigma(judges["reward"].has_sigma)
     sft = None if options.lora_r else get_weights(policy)
 
     with log.running(policy=policy, judges=judges, prompts=prompts, eval_prompts=eval_prompts):

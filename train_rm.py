@@ -11,12 +11,14 @@ them: training and scoring tokenise by the same function, reward_model.encode_an
 import math
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from rlhf_min import toy
-from rlhf_min.data import load_pairs
+from rlhf_min.data import load_pairs, pair_of_row, read_rows
 from rlhf_min.errors import UserError, one_line_errors
-from rlhf_min.options import LoRAOptions, check_names, option, parse_options, refuse_mistakes
+from rlhf_min.options import LoRAOptions, option, parse_options, refuse_mistakes
+from rlhf_min.preflight import check_names, check_templates, first_rows, with_answer
 
 
 @dataclass
@@ -53,16 +55,47 @@ class RewardModelOptions(LoRAOptions):
     accept_weak: bool = option(False, "save the model even if it does not beat chance by 3 standard errors")
     seed: int = option(42, "seed of the head, the order of the pairs and dropout", low=0, high=2**31 - 1)
 
-    def rows(self):
-        return [(load_pairs, self.data), (load_pairs, self.eval_data)]
+    def files(self):
+        return [self.data, self.eval_data]
 
     def check(self):
+        if self.data == toy.TRAIN_PAIRS:
+            self.eval_data = self.eval_data or toy.EVAL_PAIRS
         super().check()
-        check_names(models=[self.base])
+        check_names(bases=[self.base])
+        self.check_lora(self.base)
         if self.ties != "strict" and self.head == "scalar":
             raise UserError("--ties goes with --head ordinal only; leave one of them out")
         if self.margin and self.head == "ordinal":
             raise UserError("--margin goes with --head scalar only; leave one of them out")
+
+    def check_rows(self):
+        pairs = [load_pairs(file, self.margin)[0] if Path(file).is_file() else [] for file in self.files()]
+        if self.all_local():
+            self.split(*pairs)
+
+    def check_tokens(self):
+        pairs = [pair_of_row(*row) for row in first_rows(read_rows, self.files()) if "chosen" in row[1]]
+        answers = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+        check_templates([self.base], [with_answer(*answer) for answer in answers if isinstance(answer[0], list)])
+
+    def split(self, rows, eval_rows, dropped="none"):
+        """(rows to train on, rows to validate on) of rows in random order; UserError where they are too few."""
+        if not self.eval_data:
+            held_out = math.ceil(self.eval_fraction * len(rows))
+            eval_rows, rows = rows[:held_out], rows[held_out:]
+        if len(rows) < self.batch_size or not eval_rows:
+            raise UserError(f"{self.data}: {len(rows)} pairs to train and {len(eval_rows)} to validate on are too few "
+                            f"(dropped: {dropped}); lower --batch-size, raise --max-length or give more")  # fmt: skip
+        if accuracy_to_beat(eval_rows) >= 1 and not self.accept_weak:
+            raise UserError(f"{len(eval_rows)} validation pairs cannot tell a reward model from chance; give 10 at "
+                            "least (--eval-data, --eval-fraction), or insist with --accept-weak")  # fmt: skip
+        return rows, eval_rows
+
+
+def accuracy_to_beat(eval_rows):
+    """Chance + 3 standard errors."""
+    return 0.5 + 3 * math.sqrt(0.25 / len(eval_rows))
 
 
 if __name__ == "__main__":
@@ -204,27 +237,17 @@ def prepare_inputs(files, models):
         toy.ensure_run(toy.ORDINAL_REWARD_MODEL, main, ["--head", "ordinal"])
 
 
-def read_rows(options, tokenizer, max_length):
+def encode_rows(options, tokenizer, max_length):
     """(training rows, validation rows, Counter of what was dropped, by reason) of the pairs that `options` name."""
-    train_pairs, unpaired = load_pairs(options.data)
-    eval_pairs, _ = load_pairs(options.eval_data) if options.eval_data else ([], 0)
-    without_margin = sum(pair.margin is None for pair in [*train_pairs, *eval_pairs])
-    if options.margin and without_margin:
-        raise UserError(f"--margin: {without_margin} pairs have no field 'margin'; leave out the flag or add the field")
-    train_rows, dropped = encode_pairs(train_pairs, tokenizer, max_length)
+    pairs, unpaired = load_pairs(options.data, options.margin)
+    rows, dropped = encode_pairs(pairs, tokenizer, max_length)
     if unpaired:
         dropped["without a partner of the other label"] = unpaired
     if options.eval_data:
-        eval_rows, _ = encode_pairs(eval_pairs, tokenizer, max_length)
+        eval_rows, _ = encode_pairs(load_pairs(options.eval_data, options.margin)[0], tokenizer, max_length)
     else:
-        held_out = math.ceil(options.eval_fraction * len(train_rows))
-        train_rows = shuffle(train_rows, torch.Generator().manual_seed(options.seed))
-        eval_rows, train_rows = train_rows[:held_out], train_rows[held_out:]
-    if len(train_rows) < options.batch_size or not eval_rows:
-        raise UserError(f"{options.data}: {len(train_rows)} pairs to train and {len(eval_rows)} to validate on are too "
-                        f"few (dropped: {reasons(dropped)}); lower --batch-size, raise --max-length or give "
-                        "more")  # fmt: skip
-    return train_rows, eval_rows, dropped
+        eval_rows, rows = [], shuffle(rows, torch.Generator().manual_seed(options.seed))
+    return *options.split(rows, eval_rows, reasons(dropped)), dropped
 
 
 def reasons(dropped):
@@ -238,16 +261,11 @@ def main(argv=None):
     options.check()
     device = resolve_device(options)
     log = RunLog(options)
-    if options.data == toy.TRAIN_PAIRS:
-        options.eval_data = options.eval_data or toy.EVAL_PAIRS
-    prepare_inputs([options.data, options.eval_data], [options.base])
+    prepare_inputs(options.files(), [options.base])
     model, tokenizer = load_base(options, device)
     max_length = min(options.max_length, context_length(model))
-    train_rows, eval_rows, dropped = read_rows(options, tokenizer, max_length)
-    threshold = 0.5 + 3 * math.sqrt(0.25 / len(eval_rows))  # chance + 3 standard errors
-    if threshold >= 1 and not options.accept_weak:
-        raise UserError(f"{len(eval_rows)} validation pairs cannot tell a reward model from chance; give 10 at least "
-                        "(--eval-data, --eval-fraction), or insist with --accept-weak")  # fmt: skip
+    train_rows, eval_rows, dropped = encode_rows(options, tokenizer, max_length)
+    threshold = accuracy_to_beat(eval_rows)
 
     with log.running(base=model, train_rows=train_rows, eval_rows=eval_rows):
         head = "ten ratings" if options.head == "ordinal" else "one reward"

@@ -164,7 +164,7 @@ def main(argv=None):
     options.check()
     device = resolve_device(options)
     log = RunLog(options)
-    train_rm.prepare_inputs(options.prompt_files(), [options.policy, options.reward_model])
+    train_rm.prepare_inputs(options.files(), [options.policy, options.reward_model])
     policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
 
     with log.running(policy=policy, judges=judges, prompts=prompts, eval_prompts=eval_prompts):

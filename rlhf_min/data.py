@@ -134,7 +134,8 @@ def _is_whole(row):
     return _is_conversation(chosen) and not isinstance(row.get("prompt"), list) and chosen[0]["role"] != "assistant"
 
 
-def _pair(row, where):
+def pair_of_row(where, row):
+    """The Pair of a row of read_rows that is no labelled text."""
     for key in ("chosen", "rejected"):
         if key not in row:
             raise UserError(f"{where}: no field '{key}'; a pair needs 'chosen' and 'rejected', or 'text' and 'label'")
@@ -157,20 +158,22 @@ def _pair(row, where):
     return Pair(prompt, _answer(chosen, "chosen", where), _answer(rejected, "rejected", where), margin=margin)
 
 
-def load_pairs(source):
+def load_pairs(source, margin=False):
     """Preference pairs, or labelled texts paired by the WARP report's recipe: the i-th good with the i-th bad text.
 
-    Returns the pairs and how many labelled texts found no partner.
+    Returns the pairs and how many labelled texts found no partner. With `margin`, UserError for a row without one.
     """
     pairs, good, bad = [], [], []
     for where, row in read_rows(source):
+        if margin and ("chosen" not in row or row.get("margin") is None):
+            raise UserError(f"{where}: a pair with a field 'margin' is needed; add the field or leave out --margin")
         if "label" in row and "chosen" not in row:
             label = row["label"]
             if label not in (0, 1):
                 raise UserError(f"{where}: 'label' must be 0 (bad) or 1 (good), but is {label!r}")
             (good if label else bad).append(_text(row, "text", where))
         else:
-            pairs.append(_pair(row, where))
+            pairs.append(pair_of_row(where, row))
     pairs += [Pair("", chosen, rejected, may_be_cut=True) for chosen, rejected in zip(good, bad)]
     if not pairs:
         raise UserError(f"{source}: no pair; labelled texts need both labels, 1 and 0")
@@ -213,7 +216,7 @@ def read_prompts(source, max_characters=0):
         if "prompt" not in row and not _is_whole(row):
             yield where, _text(row, "text", where), True
             continue
-        prompt = _pair(row, where).prompt if _is_whole(row) else _prompt(row, where)
+        prompt = pair_of_row(where, row).prompt if _is_whole(row) else _prompt(row, where)
         length = len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
         if not max_characters or length <= max_characters:
             yield where, prompt, False
@@ -222,27 +225,36 @@ def read_prompts(source, max_characters=0):
 def load_prompts(source, tokenizer, prompt_tokens, max_length, max_characters=0):
     """Prompts of a file, each once: as read_prompts has them, or the first `prompt_tokens` tokens of a `text`.
 
-    A `text` shorter than that is left out. A prompt must leave room for at least one token of `max_length`.
+    A `text` shorter than that is left out. A prompt must leave room for at least one token of `max_length`. Without a
+    tokenizer every row is kept whole and has no tokens.
     """
+    rows = (prompt_of_row(*row, tokenizer, prompt_tokens, max_length) for row in read_prompts(source, max_characters))
     prompts = {}
-    for where, text, is_text in read_prompts(source, max_characters):
-        if is_text:
-            # cut for speed: tokens average far fewer than 32 characters; a BOS, where there is one, counts as a token
-            tokens = tokenizer(text[: 32 * prompt_tokens])["input_ids"][:prompt_tokens]
-            if len(tokens) < prompt_tokens:
-                continue
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-        else:
-            tokens = encode_prompt(tokenizer, text)
-            if len(tokens) >= max_length:
-                raise UserError(f"{where}: the prompt has {len(tokens)} tokens, --max-length is {max_length}; raise it")
-        if not tokens:
-            raise UserError(f"{where}: the prompt has no tokens")
-        prompts.setdefault(json.dumps(text), Prompt(tokens, text))
+    for prompt in filter(None, rows):
+        prompts.setdefault(json.dumps(prompt.text), prompt)
     if not prompts:
         remedy = f", or raise --max-prompt-characters {max_characters}" if max_characters else ""
         raise UserError(f"{source}: no prompt has a length that is asked for; lower --prompt-tokens{remedy}")
     return list(prompts.values())
+
+
+def prompt_of_row(where, text, is_text, tokenizer, prompt_tokens, max_length):
+    """The Prompt of a row of read_prompts, None for a `text` that is too short."""
+    if tokenizer is None:
+        return Prompt([], text)
+    if is_text:
+        # cut for speed: tokens average far fewer than 32 characters; a BOS, where there is one, counts as a token
+        tokens = tokenizer(text[: 32 * prompt_tokens])["input_ids"][:prompt_tokens]
+        if len(tokens) < prompt_tokens:
+            return None
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+    else:
+        tokens = encode_prompt(tokenizer, text)
+        if len(tokens) >= max_length:
+            raise UserError(f"{where}: the prompt has {len(tokens)} tokens, --max-length is {max_length}; raise it")
+    if not tokens:
+        raise UserError(f"{where}: the prompt has no tokens")
+    return Prompt(tokens, text)
 
 
 def encode_prompt(tokenizer, prompt):
@@ -269,3 +281,13 @@ def without(prompts, others):
     """The prompts whose text is not among the others'."""
     seen = {json.dumps(other.text) for other in others}
     return [prompt for prompt in prompts if json.dumps(prompt.text) not in seen]
+
+
+def hold_out_of(prompts, eval_prompts, count):
+    """What `count` prompts are held out of: `eval_prompts` if there are any, else `prompts`, of which one must stay."""
+    candidates = without(eval_prompts, prompts) if eval_prompts else prompts
+    if len(candidates) < count + (not eval_prompts):
+        count_all = len(prompts) + (len(candidates) if eval_prompts else 0)
+        raise UserError(f"{count_all} distinct prompts are too few to hold out {count} of them; "
+                        "lower --num-eval-prompts or give more")  # fmt: skip
+    return candidates

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UserError, first_line
-from .files import read_json, whole, write_json
+from .files import whole, write_json
+from .sources import PREFIX, read_adapter_header, unknown_target
 
 TARGETS = ("q_proj", "v_proj", "c_attn", "q_lin", "v_lin", "query", "value")  # Llama, GPT-2, DistilBERT, BERT
 HEADS = ("score", "classifier", "pre_classifier", "pooler")  # what a classifier has on top of its backbone
-PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 
 
 class LoRALayer(nn.Module):
@@ -79,8 +79,7 @@ def add_lora(model, r, alpha, dropout=0.0, target_modules=None):
              for target in target_modules or TARGETS}  # fmt: skip
     missing = [target for target, names in found.items() if not names]
     if (target_modules and missing) or not any(found.values()):
-        there = sorted({name.rpartition(".")[2] for name in linear})
-        raise UserError(f"--lora-target-modules: no linear module is named {missing[0]}; there are {', '.join(there)}")
+        raise unknown_target(missing[0], {name.rpartition(".")[2] for name in linear})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_head(name))
     for name in {name: None for names in found.values() for name in names}:
@@ -91,9 +90,7 @@ def add_lora(model, r, alpha, dropout=0.0, target_modules=None):
 def add_chosen_lora(model, options, dropout=0.0):
     """add_lora as LoRAOptions say; with a rank of 0 the model stays as it is. Returns the model."""
     if options.lora_r:
-        return add_lora(model, options.lora_r, options.lora_alpha, dropout, options.lora_target_modules)
-    if options.lora_target_modules or dropout:
-        raise UserError("--lora-target-modules and --lora-dropout go with LoRA only; set --lora-r or leave them out")
+        add_lora(model, options.lora_r, options.lora_alpha, dropout, options.lora_target_modules)
     return model
 
 
@@ -186,18 +183,8 @@ def save_adapter(model, folder, tokenizer=None):
 
 def read_adapter(folder):
     """(config, {name in the model: tensor}) of a folder in PEFT's format; UserError for one that is not plain LoRA."""
-    config = read_json(Path(folder, "adapter_config.json"))
-    try:
-        tensors = load_file(Path(folder, "adapter_model.safetensors"))
-    except Exception as error:  # safetensors and the file system raise several kinds
-        raise UserError(f"{folder} is not an adapter in PEFT's format: {first_line(error)}") from None
-    extras = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")
-    extras = [key for key in extras if config.get(key)]
-    if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq")):
-        extras.append("init_lora_weights")
-    if config.get("peft_type") != "LORA" or extras or config.get("bias", "none") != "none":
-        found = ", ".join(extras) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
-        raise UserError(f"{folder}: {found} is not supported; only plain LoRA is")
+    config, _ = read_adapter_header(folder)
+    tensors = load_file(Path(folder, "adapter_model.safetensors"))
     return config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 

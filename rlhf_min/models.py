@@ -13,8 +13,18 @@ from transformers.utils import logging
 
 from .errors import UserError, first_line
 from .files import whole
-from .lora import is_head, load_adapter, lora_layers, merge_lora, read_adapter
-from .sources import find_model, hub_reachable, is_adapter
+from .lora import is_head, load_adapter, lora_layers, merge_lora
+from .sources import (
+    base_of,
+    check_judge_config,
+    check_on_hub,
+    check_policy_config,
+    find_model,
+    head_labels,
+    head_size,
+    is_adapter,
+    is_classifier,
+)
 
 logging.set_verbosity_error()  # e.g. the long report that a classifier's head is new, which train_rm says in one line
 logging.disable_progress_bar()
@@ -27,8 +37,7 @@ def _load(auto_class, name, **kwargs):
     except Exception as error:  # unreadable files raise a dozen kinds of exception, from OSError to RuntimeError
         if Path(source).exists():
             raise UserError(f"{name} cannot be loaded: {first_line(error)}") from None
-    if not hub_reachable():
-        raise UserError(f"{name}: no such folder, not in the hub's cache, and the hub cannot be reached")
+    check_on_hub(name)
     try:
         return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
@@ -39,7 +48,7 @@ def load_tokenizer(name):
     """The tokenizer beside a model. It must have an EOS or a pad token; a missing pad token becomes EOS."""
     folder = find_model(name)
     if is_adapter(folder) and not Path(folder, "tokenizer_config.json").is_file():
-        return load_tokenizer(_base_of(folder))
+        return load_tokenizer(base_of(folder))
     tokenizer = _load(AutoTokenizer, name)
     if not tokenizer.vocab_size:  # transformers makes one of nothing
         raise UserError(f"{name}: no tokenizer in it, such as tokenizer.json; save the model's own beside it")
@@ -62,30 +71,10 @@ def load_policy(name, device, max_length):
         raise UserError(f"{name}: its tokenizer has no EOS token, so no answer could end; set eos_token in its config")
     model = _load_weights(AutoModelForCausalLM, name, tokenizer)
     _check_match(name, model, tokenizer)
-    if _is_classifier(model):
-        raise UserError(f"{name} is a classifier, not a language model; name a policy")
-    if max_length > context_length(model):
-        raise UserError(f"{name} reads at most {context_length(model)} tokens; lower --max-length {max_length}")
+    lengths = {"max_position_embeddings": context_length(model)}  # whatever the architecture calls it
+    check_policy_config(name, model.config.to_dict() | lengths, max_length)
     eos_token_ids(model, tokenizer)  # UserError for an odd generation config
     return model.to(device).eval(), tokenizer
-
-
-def _base_of(adapter):
-    """What an adapter's folder says that it was trained on, which may be an adapter, too."""
-    chain = [str(adapter)]
-    while is_adapter(chain[-1]):
-        base = read_adapter(chain[-1])[0].get("base_model_name_or_path")
-        if not isinstance(base, str):
-            raise UserError(f"{chain[-1]}: its adapter_config.json names no base_model_name_or_path")
-        try:
-            chain.append(find_model(base))
-        except UserError as error:
-            raise UserError(f"{chain[-1]} is an adapter on {error}, or run where {base} is") from None
-        if chain[-1] in chain[:-1]:
-            raise UserError(
-                f"{adapter} is an adapter on itself; mend base_model_name_or_path in its adapter_config.json"
-            )
-    return chain[1]
 
 
 def _load_weights(auto_class, name, tokenizer, **config):
@@ -95,7 +84,7 @@ def _load_weights(auto_class, name, tokenizer, **config):
     model, info = _load(auto_class, name, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
                         ignore_mismatched_sizes=True, **config)  # fmt: skip
     absent = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
-    if config or not _is_classifier(model):  # the head may be new
+    if config or not is_classifier(model.config.to_dict()):  # the head may be new
         absent = {key for key in absent if not is_head(key)}
     if absent:  # transformers would draw them at random, with a warning
         raise UserError(f"{name}: its weights lack {len(absent)} tensors, such as {min(absent)}, or have other shapes")
@@ -113,28 +102,17 @@ def _check_match(name, model, tokenizer):
 
 def _load_adapted(auto_class, adapter, tokenizer, **config):
     """The base of an adapter with the adapter merged into it."""
-    head_names = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
-    heads = [tensor for name, tensor in read_adapter(adapter)[1].items() if name in head_names]
-    if heads and not config:
-        config = _labels(len(heads[0]))
-    model = _load_weights(auto_class, _base_of(adapter), tokenizer, **config)
+    head = head_size(adapter)
+    if head and not config:
+        config = head_labels(head)
+    model = _load_weights(auto_class, base_of(adapter), tokenizer, **config)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # train_rm.py may have added a pad token
         model.resize_token_embeddings(len(tokenizer))
-    if heads:
+    if head:
         model.config.architectures = [type(model).__name__]
     merge_lora(load_adapter(model, adapter))
     model.config._name_or_path = str(adapter)  # what an adapter on top of this one is trained on
     return model
-
-
-def _labels(count):
-    """What a head of `count` logits is called: a reward has no name, ratings are "1".."10"."""
-    ratings = {i: str(i + 1) for i in range(count)}
-    return {"num_labels": 1} if count == 1 else {"id2label": ratings, "label2id": {v: k for k, v in ratings.items()}}
-
-
-def _is_classifier(model):
-    return any("SequenceClassification" in name for name in model.config.architectures or [])
 
 
 def context_length(model):
@@ -148,17 +126,11 @@ def load_classifier(name, device, new_head=0):
     With `new_head` = 1 or K any model will do, and gets such a head. Otherwise UserError for what is no reward model.
     """
     tokenizer = load_tokenizer(name)
-    config = _labels(new_head) if new_head else {}
+    config = head_labels(new_head) if new_head else {}
     model = _load_weights(AutoModelForSequenceClassification, name, tokenizer, **config)
-    if not new_head and not _is_classifier(model):
-        raise UserError(
-            f"{name} is a {model.config.architectures}, no sequence classifier; train_rm.py makes one of it"
-        )
+    if not new_head:
+        check_judge_config(name, model.config.to_dict())
     _check_match(name, model, tokenizer)
-    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    if len(labels) > 1 and labels != [str(k + 1) for k in range(len(labels))]:
-        raise UserError(f"{name}: a classifier with the labels {', '.join(labels[:3])}, ...; a reward model has one "
-                        "label, or the ratings 1, 2, 3, ... in this order")  # fmt: skip
     return model.to(device), tokenizer
 
 

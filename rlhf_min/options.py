@@ -10,16 +10,17 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import yaml
 
 from . import toy
-from .data import read_prompts
+from .data import hold_out_of, load_prompts, prompt_of_row, read_prompts
 from .errors import UserError, one_line_errors
 from .files import read_json
-from .sources import check_judge, check_model, check_source
+from .preflight import check_names, check_targets, check_templates, first_rows, quick_tokenizer, with_answer
 
 LARGEST = {int: 2**31 - 1, float: 1e30}  # what any number may be: torch's kernels overflow beyond
 
@@ -57,14 +58,24 @@ class RunOptions:
             raise UserError(f"--out {self.out} holds another run or other files; name a new folder, or add --resume")
         return folder
 
-    def rows(self):
-        """[(reader, file)] of the data that the options name."""
+    def files(self):
+        """The files and hub data sets that the options name, "" where they name none."""
         return []
 
     def check(self):
-        """UserError for flags that do not go together and for names of what is not there."""
+        """UserError for flags that do not go together and for names of what is not there or not what it should be."""
         self.folder()
-        check_names(files=[file for _, file in self.rows()])
+        check_names(files=self.files())
+
+    def check_rows(self):
+        """UserError for broken rows and too few of them, in files that are there."""
+
+    def check_tokens(self):
+        """UserError for what the tokenizers of local models show, in the first rows."""
+
+    def all_local(self):
+        """Whether no data have to be downloaded or made."""
+        return all(Path(file).is_file() for file in self.files() if file)
 
 
 @dataclass
@@ -99,6 +110,14 @@ class LoRAOptions(TrainingOptions):
     lora_target_modules: list = option([], "last parts of the names of the modules that get an adapter "
                                            "(default: those of attention's queries and values)")  # fmt: skip
 
+    def check_lora(self, name):
+        """UserError for flags of LoRA without a rank, and for targets that the model `name` does not have."""
+        if self.lora_r:
+            check_targets(name, self.lora_target_modules)
+        elif self.lora_target_modules or getattr(self, "lora_dropout", 0):
+            raise UserError("--lora-target-modules and --lora-dropout go with LoRA only; set --lora-r or leave them "
+                            "out")  # fmt: skip
+
 
 @dataclass
 class SamplingOptions(RunOptions):
@@ -114,19 +133,48 @@ class SamplingOptions(RunOptions):
     batch_size: int = option(64, "answers at a time", low=1)
     seed: int = option(42, "seed of prompts and samples", low=0, high=2**31 - 1)
 
-    def prompt_files(self):
-        """The files of prompts that the options name."""
+    def files(self):
         return [self.prompts]
 
-    def rows(self):
-        return [(read_prompts, file) for file in self.prompt_files()]
+    def policy_names(self):
+        """The policies that the options name."""
+        return []
+
+    def judge_names(self):
+        """The judges that the options name."""
+        return [spec.partition("=")[2] or spec for spec in self.judges]
+
+    def draw_from(self, prompts, others):
+        """The prompts to draw the evaluation's from, given those of the two files; UserError where they are too few."""
+        raise NotImplementedError
+
+    def load_prompts(self, tokenizer):
+        """[the prompts of each file], without a tokenizer whole, and of local files only; none without a file."""
+        limits = self.prompt_tokens, self.max_length, self.max_prompt_characters
+        return [load_prompts(file, tokenizer, *limits) if file and (tokenizer or Path(file).is_file()) else []
+                for file in self.files()]  # fmt: skip
 
     def check(self):
         super().check()
         if self.prompt_tokens >= self.max_length:
             raise UserError(f"--prompt-tokens {self.prompt_tokens} leaves no room for an answer; --max-length is "
                             f"{self.max_length}")  # fmt: skip
-        check_names(judges=[spec.partition("=")[2] or spec for spec in self.judges])
+        check_names(policies=self.policy_names(), judges=self.judge_names(), max_length=self.max_length)
+
+    def check_rows(self):
+        prompts = self.load_prompts(None)
+        if self.all_local():
+            self.draw_from(*prompts)
+
+    def check_tokens(self):
+        rows = first_rows(partial(read_prompts, max_characters=self.max_prompt_characters), self.files())
+        messages = [text for _, text, _ in rows if isinstance(text, list)]
+        check_templates(self.policy_names(), messages, add_generation_prompt=True)
+        check_templates(self.judge_names(), [with_answer(prompt) for prompt in messages])
+        for name in self.policy_names():
+            tokenizer, exact = quick_tokenizer(name)
+            for row in rows if exact else ():
+                prompt_of_row(*row, tokenizer, self.prompt_tokens, self.max_length)
 
 
 @dataclass
@@ -142,20 +190,21 @@ class PolicyOptions(SamplingOptions, LoRAOptions):
     warmup_steps: int = option(0, "steps of linear warm-up", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", low=0)
 
-    def prompt_files(self):
+    def files(self):
         return [self.prompts, self.eval_prompts]
+
+    def policy_names(self):
+        return [self.policy]
+
+    def judge_names(self):
+        return [self.reward_model, *super().judge_names()]
+
+    def draw_from(self, prompts, others):
+        return hold_out_of(prompts, others, self.num_eval_prompts)
 
     def check(self):
         super().check()
-        check_names(models=[self.policy], judges=[self.reward_model])
-
-
-def check_names(files=(), models=(), judges=()):
-    """UserError unless all of them are there; what belongs to the embedded world is made when it is needed."""
-    for check, names in ((check_source, files), (check_model, models), (check_judge, judges)):
-        for name in names:
-            if name not in toy.FILES | toy.MODELS:
-                check(name)
+        self.check_lora(self.policy)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -288,9 +337,12 @@ def parse_options(options_class, argv=None):
 
 @one_line_errors
 def refuse_mistakes(options_class):
-    """Check the command line and the files that it names, rows and all, before torch takes its seconds to import."""
+    """Check the command line and what it names before torch takes its seconds to import, the quickest checks first."""
     options = parse_options(options_class)
     options.check()
-    for read, file in options.rows():
-        for _ in read(file) if Path(file).is_file() else ():
-            pass
+    options.check_rows()
+    if options.device not in ("auto", "cpu"):
+        from .precision import pick_device  # imports torch, but not transformers' models
+
+        pick_device(options.device)
+    options.check_tokens()

@@ -31,13 +31,17 @@ class PretrainOptions(TrainingOptions):
     weight_decay: float = option(0.01, "AdamW weight decay", low=0)
     seed: int = option(42, "seed of the initial weights and of the order of the texts", low=0, high=2**31 - 1)
 
-    def rows(self):
-        return [(read_texts, self.data)]
+    def files(self):
+        return [self.data]
 
     def check(self):
         super().check()
         if self.width % 32:
             raise UserError(f"--width {self.width} must be a multiple of 32, the size of a head")
+
+    def check_rows(self):
+        for _ in read_texts(self.data) if self.all_local() else ():
+            pass
 
 
 if __name__ == "__main__":

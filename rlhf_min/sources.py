@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -18,35 +19,41 @@ from .errors import UserError, first_line
 from .files import read_json
 
 _CONFIGS = ("config.json", "adapter_config.json")
+PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 
 
-def hub_reachable(timeout=1.0):
-    """Whether the hub answers in time; without this question from_pretrained retries for 23 to 47 seconds."""
+def hub_refusal(path, timeout=1.0):
+    """Why the hub will not give a file, in words, else ""; unasked, from_pretrained would retry for 8 to 47 seconds."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
-        return False
-    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+        return "the hub cannot be reached"
+    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{urllib.parse.quote(path)}"
     answers = []
 
     def ask():
         try:
-            urllib.request.urlopen(request, timeout=timeout)
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout)
+            answers.append("")
         except urllib.error.HTTPError as error:
-            if error.code >= 500:  # of a proxy that has no way to the hub; others are answers, if unfriendly ones
-                return
+            answers.append(error.headers.get("X-Error-Code"))  # which the hub sends, and no proxy in between
         except (OSError, ValueError):
             return
-        answers.append(True)
 
     thread = threading.Thread(target=ask, daemon=True)  # looking up the host's name knows no timeout
     thread.start()
     thread.join(timeout)
-    return bool(answers)
+    if not answers or answers[0] is None:
+        return "the hub cannot be reached"
+    from huggingface_hub import get_token
+
+    closed = answers[0] in ("RepoNotFound", "GatedRepo") and get_token() is None
+    return "the hub has nothing of that name that is open to everybody" if closed else ""
 
 
 def check_source(source):
     """UserError unless `source` is a file of rows, empty, or a hub data set that can be had."""
     path = Path(source)
-    is_hub_name = source.partition(":")[0].count("/") == 1 and not source.startswith(("/", "."))
+    name = source.partition(":")[0]
+    is_hub_name = name.count("/") == 1 and not source.startswith(("/", "."))
     is_hub_name &= not path.exists() and path.suffix not in {".jsonl", ".gz", ".json", ".txt"}
     if not source or path.is_file():
         return
@@ -54,8 +61,8 @@ def check_source(source):
         raise UserError(f"{source}: no such file; give a .jsonl or .jsonl.gz file or a hub data set owner/name")
     if importlib.util.find_spec("datasets") is None:
         raise UserError(f"{source} is no local file, and hub data sets need: pip install 'rlhf_min[data]'")
-    if not hub_reachable():
-        raise UserError(f"{source} is no local file, and the hub cannot be reached; give a .jsonl file")
+    if refusal := hub_refusal(f"datasets/{name}/resolve/main/README.md"):
+        raise UserError(f"{source} is no local file, and {refusal}; give a .jsonl file")
 
 
 def is_adapter(folder):
@@ -76,15 +83,34 @@ def find_model(name):
     return name
 
 
+def _cached(name, file):
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(name, file)
+    return path if isinstance(path, str) else None
+
+
+def local_folder(name):
+    """The folder with a model's files, for a hub name that in the hub's cache; None where there is none."""
+    folder = find_model(name)
+    if Path(folder).exists():
+        return Path(folder)
+    config = _cached(name, "config.json")
+    return config and Path(config).parent
+
+
+def check_on_hub(name):
+    """UserError unless the hub can give the model."""
+    if refusal := hub_refusal(f"{name}/resolve/main/config.json"):
+        raise UserError(f"{name}: no such folder, not in the hub's cache, and {refusal}")
+
+
 def check_model(name):
     """UserError unless `name` is a model whose files are whole, or one that the hub or its cache can give."""
     folder = Path(find_model(name))
     if not folder.exists():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = any(isinstance(try_to_load_from_cache(name, file), str) for file in _CONFIGS)
-        if not cached and not hub_reachable():
-            raise UserError(f"{name}: no such folder, not in the hub's cache, and the hub cannot be reached")
+        if not any(_cached(name, file) for file in _CONFIGS):
+            check_on_hub(name)
         return
     for file in (*_CONFIGS, "tokenizer_config.json", "generation_config.json"):
         if (folder / file).exists():
@@ -97,6 +123,107 @@ def check_model(name):
             safe_open(path, framework="np").keys()
         except Exception as error:  # SafetensorError, or what the file system raises
             raise UserError(f"{path} cannot be read: {first_line(error)}; is it a whole file?") from None
+    if is_adapter(folder):
+        read_adapter_header(folder)
+
+
+def read_adapter_header(folder):
+    """(config, {name in the model: shape}) of a folder in PEFT's format; UserError for one that is not plain LoRA."""
+    config = read_json(Path(folder, "adapter_config.json"))
+    try:
+        with safe_open(Path(folder, "adapter_model.safetensors"), framework="np") as file:
+            shapes = {name.removeprefix(PREFIX): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors and the file system raise several kinds
+        raise UserError(f"{folder} is not an adapter in PEFT's format: {first_line(error)}") from None
+    extras = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")
+    extras = [key for key in extras if config.get(key)]
+    if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq")):
+        extras.append("init_lora_weights")
+    if config.get("peft_type") != "LORA" or extras or config.get("bias", "none") != "none":
+        found = ", ".join(extras) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise UserError(f"{folder}: {found} is not supported; only plain LoRA is")
+    return config, shapes
+
+
+def head_size(adapter):
+    """How many logits the head has that an adapter brings with it; 0 without one."""
+    names = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+    return next((shape[0] for name, shape in read_adapter_header(adapter)[1].items() if name in names and shape), 0)
+
+
+def base_of(adapter):
+    """What an adapter's folder says that it was trained on, which may be an adapter, too."""
+    chain = [str(adapter)]
+    while is_adapter(chain[-1]):
+        base = read_adapter_header(chain[-1])[0].get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise UserError(f"{chain[-1]}: its adapter_config.json names no base_model_name_or_path")
+        try:
+            chain.append(find_model(base))
+        except UserError as error:
+            raise UserError(f"{chain[-1]} is an adapter on {error}, or run where {base} is") from None
+        if chain[-1] in chain[:-1]:
+            raise UserError(
+                f"{adapter} is an adapter on itself; mend base_model_name_or_path in its adapter_config.json"
+            )
+    return chain[1]
+
+
+# What a config.json says, as the dictionary `config`. Of odd values nothing is said here: transformers refuses them.
+
+
+def is_classifier(config):
+    """Whether the model has a classification head."""
+    return "SequenceClassification" in str(config.get("architectures"))
+
+
+def label_names(config):
+    """The names of a classifier's labels in order; what is left out is as transformers fills it in. None if odd."""
+    names, count = config.get("id2label"), config.get("num_labels")
+    try:
+        if names is None:
+            return [f"LABEL_{i}" for i in range(2 if count is None else count)]
+        names = {int(i): str(label) for i, label in names.items()}
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        return None
+    return [str(names.get(i)) for i in range(len(names))] if count in (None, len(names)) else None
+
+
+def head_labels(count):
+    """What config.json calls the labels of a head of `count` logits: a reward has no name, ratings are "1".."10"."""
+    ratings = {i: str(i + 1) for i in range(count)}
+    return {"num_labels": 1} if count == 1 else {"id2label": ratings, "label2id": {v: k for k, v in ratings.items()}}
+
+
+def context_length(config):
+    """The longest sequence that the model has positions for."""
+    lengths = [config.get(key) for key in ("max_position_embeddings", "n_positions")]  # GPT-2 has the latter
+    return max((length for length in lengths if isinstance(length, int)), default=0) or 10**9
+
+
+def check_policy_config(name, config, max_length):
+    """UserError for what is no language model, or cannot read `max_length` tokens."""
+    if is_classifier(config):
+        raise UserError(f"{name} is a classifier, not a language model; name a policy")
+    if max_length > context_length(config):
+        raise UserError(f"{name} reads at most {context_length(config)} tokens; lower --max-length {max_length}")
+
+
+def check_judge_config(name, config):
+    """UserError for what is no sequence classifier, or one whose labels are neither one reward nor ratings."""
+    if not is_classifier(config):
+        kind = config.get("architectures")
+        raise UserError(f"{name} is a {kind}, no sequence classifier; train_rm.py makes one of it")
+    labels = label_names(config) or [""]
+    if len(labels) > 1 and labels != [str(k + 1) for k in range(len(labels))]:
+        raise UserError(f"{name}: a classifier with the labels {', '.join(labels[:3])}, ...; a reward model has one "
+                        "label, or the ratings 1, 2, 3, ... in this order")  # fmt: skip
+
+
+def unknown_target(target, linear):
+    """The UserError for a name that no module has; `linear` are names of those that can have an adapter."""
+    there = ", ".join(sorted(linear))
+    return UserError(f"--lora-target-modules: no linear module is named {target}; there are {there}")
 
 
 def is_function(spec):
@@ -121,8 +248,3 @@ def import_function(spec):
     if not callable(function):
         raise UserError(f"{spec} is not a function")
     return function
-
-
-def check_judge(spec):
-    """UserError unless `spec` names a reward function or a model that is there."""
-    import_function(spec) if is_function(spec) else check_model(spec)

@@ -321,7 +321,7 @@ CASES = {
     # reward models
     "unknown head": Case("rm", "--head ternary", "--head: invalid choice: 'ternary'"),
     "unknown ties": Case("rm", "--head ordinal --ties none", "--ties: invalid choice: 'none'"),
-    "margin without a field": Case("rm", "--margin", "--margin: 20 pairs have no field 'margin'; leave out the flag"),
+    "margin without a field": Case("rm", "--margin", "pairs.jsonl, line 1: a pair with a field 'margin' is needed"),
     "margin with an ordinal head": Case("rm", "--margin --head ordinal", "--margin goes with --head scalar only"),
     "margin of the wrong type": Case(
         "rm",
@@ -338,13 +338,13 @@ CASES = {
     "margin of labelled texts": Case(
         "rm",
         "--margin --data a.jsonl",
-        "--margin: 1 pairs have no field",
+        "a.jsonl, line 1: a pair with a field 'margin' is needed",
         {"a.jsonl": rows(*({"text": "a", "label": label, "margin": 1} for label in (0, 1)))},
     ),
     "margin of the training pairs only": Case(
         "rm",
         "--margin --data a.jsonl --eval-data pairs.jsonl",
-        "--margin: 20 pairs have no field",
+        "pairs.jsonl, line 1: a pair with a field 'margin' is needed",
         {"a.jsonl": rows(*({"chosen": f"a{i}", "rejected": "b", "margin": 1} for i in range(20)))},
     ),
     # comparing at one KL

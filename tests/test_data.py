@@ -347,7 +347,7 @@ def test_hub_data_sets_go_through_datasets(monkeypatch):
         return [{"chosen": "good", "rejected": "bad"}]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, __spec__=True))
-    monkeypatch.setattr("rlhf_min.sources.hub_reachable", lambda: True)
+    monkeypatch.setattr("rlhf_min.sources.hub_refusal", lambda path: "")
     assert load_pairs("owner/name:validation")[0] == [Pair("", "good", "bad", False)]
     assert list(read_rows("owner/name")) == [("owner/name, row 1", {"chosen": "good", "rejected": "bad"})]
     assert calls == [("owner/name", "validation"), ("owner/name", "train")]
@@ -369,7 +369,7 @@ def test_a_failure_of_datasets_is_one_line(monkeypatch, error):
         raise error
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, __spec__=True))
-    monkeypatch.setattr("rlhf_min.sources.hub_reachable", lambda: True)
+    monkeypatch.setattr("rlhf_min.sources.hub_refusal", lambda path: "")
     with pytest.raises(UserError, match="owner/name") as caught:
         list(read_rows("owner/name:nope"))
     assert "and more" not in str(caught.value)
@@ -385,7 +385,7 @@ def test_missing_datasets_gives_the_sentence_about_the_extra(monkeypatch):
 def test_unreachable_hub_is_said_before_datasets_retries(monkeypatch):
     """T69: where the hub cannot be reached, `datasets` is not even asked."""
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__spec__=True))
-    monkeypatch.setattr("rlhf_min.sources.hub_reachable", lambda: False)
+    monkeypatch.setattr("rlhf_min.sources.hub_refusal", lambda path: "the hub cannot be reached")
     with pytest.raises(UserError, match="hub cannot be reached"):
         list(read_rows("owner/name"))
 
@@ -393,7 +393,7 @@ def test_unreachable_hub_is_said_before_datasets_retries(monkeypatch):
 @pytest.mark.parametrize("source", ["none.jsonl", "owner/none.jsonl", "a/b/none.gz", "./none", "/none/at-all", "none"])
 def test_a_missing_file_is_not_taken_for_a_hub_name(monkeypatch, source):
     """T69: what ends like a file, or has no owner/name, is a missing file."""
-    monkeypatch.setattr("rlhf_min.sources.hub_reachable", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr("rlhf_min.sources.hub_refusal", lambda path: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match=f"^{re.escape(source)}: no such file"):
         list(read_rows(source))
 

@@ -1,7 +1,9 @@
 """Models and tokenizers by name, and weights as dictionaries."""
 
 import copy
+import http.server
 import re
+import threading
 import time
 import urllib.error
 
@@ -15,9 +17,7 @@ from rlhf_min.models import (
     _load,
     context_length,
     eos_token_ids,
-    find_model,
     get_weights,
-    hub_reachable,
     load_classifier,
     load_policy,
     load_tokenizer,
@@ -25,6 +25,7 @@ from rlhf_min.models import (
     set_weights,
     trained_weights,
 )
+from rlhf_min.sources import check_source, find_model, hub_refusal
 
 CPU = torch.device("cpu")
 MISSING = ["runs/rm", "./nothing", "/nothing/at/all", "~/model", "nothing", "a/b/c", "owner/name"]
@@ -71,34 +72,88 @@ def test_a_missing_model_fails_at_once_with_one_line(name, load):
 def test_hub_names_are_told_from_paths(monkeypatch):
     """T69: the hub is asked only for owner/name; what is written like a path is a path."""
     assert find_model("owner/name") == "owner/name"
-    monkeypatch.setattr("rlhf_min.models.hub_reachable", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr("rlhf_min.sources.hub_refusal", lambda path: pytest.fail("asked the hub"))
     for name in MISSING[:-1]:
         with pytest.raises(UserError):
             load_tokenizer(name)
 
 
+class Answer(http.server.BaseHTTPRequestHandler):
+    """Answers every HEAD with `code` and `headers`, and remembers what was asked for."""
+
+    code, headers_sent, asked = 404, {}, []
+
+    def do_HEAD(self):
+        self.asked.append(self.path)
+        self.send_response(self.code)
+        for header in self.headers_sent.items():
+            self.send_header(*header)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """A server on this machine in the hub's place; its class says what it answers."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Answers", (Answer,), {"asked": []}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    yield server.RequestHandlerClass
+    server.shutdown()
+    server.server_close()
+
+
+NO_HUB, NOTHING = "the hub cannot be reached", "the hub has nothing of that name that is open to everybody"
+ANSWERS = {
+    "a file": (200, {}, None, ""),
+    "a proxy that knows nothing": (404, {}, None, NO_HUB),
+    "a proxy that forbids": (403, {}, None, NO_HUB),
+    "a proxy that has no way": (502, {}, None, NO_HUB),
+    "the hub, without this file": (404, {"X-Error-Code": "EntryNotFound"}, None, ""),
+    "the hub, without this repository": (404, {"X-Error-Code": "RepoNotFound"}, None, NOTHING),
+    "the hub, which says so to strangers": (401, {"X-Error-Code": "RepoNotFound"}, None, NOTHING),
+    "the hub, where one must ask first": (401, {"X-Error-Code": "GatedRepo"}, None, NOTHING),
+    "the hub, where a token may open it": (401, {"X-Error-Code": "RepoNotFound"}, "hf_token", ""),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_what_counts_as_the_hub(endpoint, monkeypatch, name):
+    """An HTTP error is the hub's own only with its header; with a token, a repository may be there all the same."""
+    endpoint.code, endpoint.headers_sent, token, refusal = ANSWERS[name]
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    assert hub_refusal("owner/name/resolve/main/config.json") == refusal
+    assert endpoint.asked == ["/owner/name/resolve/main/config.json"]
+    if refusal:
+        with pytest.raises(UserError, match=f"^owner/name: no such folder, not in the hub's cache, and {refusal}$"):
+            load_tokenizer("owner/name")
+        with pytest.raises(UserError, match=f"^owner/name:test is no local file, and {refusal}; give a .jsonl file$"):
+            check_source("owner/name:test")
+        assert endpoint.asked[-1] == "/datasets/owner/name/resolve/main/README.md"
+
+
 def test_the_hub_is_asked_once_and_shortly(monkeypatch):
-    """T69: one request with a short time-out; an HTTP error is an answer, no connection is none; offline, none."""
+    """T69: one request with a short time-out; no connection is no hub; offline, none is asked."""
     seen = []
 
     def urlopen(request, timeout):
         seen.append((request.full_url, timeout))
-        if isinstance(answer, Exception):
-            raise answer
+        raise answer
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    answer = None
-    assert hub_reachable() is False
+    assert hub_refusal("x") == NO_HUB
     assert seen == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
-    http_error = urllib.error.HTTPError("https://hub.invalid", 403, "Forbidden", None, None)
-    cases = ((None, True), (http_error, True), (urllib.error.URLError("no route"), False), (TimeoutError(), False))
-    for answer, reachable in cases:  # noqa: B007, urlopen reads it
-        assert hub_reachable() is reachable
-    assert len(seen) == 4
-    assert all(url == "https://hub.invalid" and timeout <= 2 for url, timeout in seen)
+    for answer in (urllib.error.URLError("no route"), TimeoutError()):  # noqa: B007, urlopen reads it
+        assert hub_refusal("x") == NO_HUB
+    assert len(seen) == 2
+    assert all(url == "https://hub.invalid/x" and timeout <= 2 for url, timeout in seen)
 
 
 NOT_TRUSTED = {"trust_remote_code": False}  # code in a model folder never runs, not even after a y on the terminal
@@ -120,7 +175,7 @@ class Hub:
 
 def test_a_hub_name_is_loaded_where_the_hub_answers(monkeypatch):
     """A name owner/name that is in no cache comes from the hub; a failure there is one line with the name."""
-    monkeypatch.setattr("rlhf_min.models.hub_reachable", lambda: True)
+    monkeypatch.setattr("rlhf_min.sources.hub_refusal", lambda path: "")
     assert _load(Hub, "owner/name", dtype=torch.float32) == ("owner/name", NOT_TRUSTED | {"dtype": torch.float32})
     monkeypatch.setattr(Hub, "error", OSError("owner/name is not a valid model identifier\nIf this is a private one"))
     with pytest.raises(UserError, match=r"^owner/name cannot be loaded from the hub: .*identifier$"):
@@ -129,7 +184,7 @@ def test_a_hub_name_is_loaded_where_the_hub_answers(monkeypatch):
 
 def test_a_failure_without_a_message_is_one_line(monkeypatch):
     """An exception whose message is empty still gives a line that names the model."""
-    monkeypatch.setattr("rlhf_min.models.hub_reachable", lambda: True)
+    monkeypatch.setattr("rlhf_min.sources.hub_refusal", lambda path: "")
     monkeypatch.setattr(Hub, "error", OSError())
     with pytest.raises(UserError, match=r"^owner/name cannot be loaded"):
         _load(Hub, "owner/name")

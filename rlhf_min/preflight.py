@@ -1,0 +1,137 @@
+"""What the files that the options name must be, as far as it can be told without torch.
+
+transformers' tokenizers do not import torch, so a prompt is tokenised as the run itself will do it. Whatever cannot be
+told here for certain is left to the run, which checks all of it again.
+"""
+
+import re
+from itertools import islice
+from pathlib import Path
+
+from safetensors import safe_open
+
+from . import toy
+from .data import apply_chat_template
+from .files import read_json
+from .sources import (
+    base_of,
+    check_judge_config,
+    check_model,
+    check_policy_config,
+    check_source,
+    head_labels,
+    head_size,
+    import_function,
+    is_adapter,
+    is_function,
+    label_names,
+    local_folder,
+    read_adapter_header,
+    unknown_target,
+)
+
+FIRST = 1000  # so many rows are tokenised: a mistake that they all have shows, and a good run hardly waits
+EXACT = {"TokenizersBackend", "PreTrainedTokenizer", "GPT2Tokenizer"}  # AutoTokenizer makes nothing else of these
+
+
+def check_names(files=(), policies=(), bases=(), judges=(), max_length=0):
+    """UserError unless all of them are there, and are what their place needs; `max_length` is the policies'."""
+    for file in files:
+        if file not in toy.FILES:
+            check_source(file)
+    for name in [*policies, *bases, *judges]:
+        if is_function(name):
+            import_function(name)
+        elif not _to_be_made(name):
+            check_model(name)
+    for name in policies:
+        if config := read_config(name):
+            check_policy_config(name, config, max_length)
+    for name in bases:
+        read_config(name)
+    for name in judges:
+        if config := read_config(name):
+            check_judge_config(name, config)
+
+
+def _to_be_made(name):
+    """Whether a model belongs to the embedded world, which is made when it is needed."""
+    root = str(name).removesuffix("/model")
+    return root in toy.MODELS and not Path(root, "model").exists()
+
+
+def read_config(name):
+    """What config.json says of a model, for an adapter of its base with the adapter's head; {} if not known here."""
+    if is_function(name) or _to_be_made(name) or not local_folder(name):
+        return {}
+    folder = local_folder(name)
+    if not is_adapter(folder):
+        return read_json(folder / "config.json")
+    config, head = read_config(_base(folder)), head_size(folder)
+    if head:
+        config |= {"architectures": ["SequenceClassification"], "id2label": None, **head_labels(head)}
+    return config
+
+
+def _base(adapter):
+    base = read_adapter_header(adapter)[0].get("base_model_name_or_path")
+    return base if isinstance(base, str) and _to_be_made(base) else base_of(adapter)
+
+
+def has_sigma(judge):
+    """False for a judge that gives no σ, a function or a classifier of one label."""
+    if is_function(judge) or (judge == toy.REWARD_MODEL and _to_be_made(judge)):
+        return False
+    return len(label_names(read_config(judge)) or "??") > 1
+
+
+def check_targets(name, targets):
+    """UserError for a LoRA target that is no part of any tensor's name in the model's files."""
+    folder, there, linear = None if _to_be_made(name) else local_folder(name), set(), set()
+    for path in folder.glob("*.safetensors") if folder and targets and not is_adapter(folder) else ():
+        with safe_open(path, framework="np") as file:
+            for key in file.keys():  # noqa: SIM118
+                module = key.rpartition(".")[0].rpartition(".")[2]
+                there.add(module)
+                if re.search(r"\.\d+\..*\.weight$", key) and len(file.get_slice(key).get_shape()) == 2:
+                    linear.add(module)  # a matrix of a block
+    for target in targets:
+        if there and target not in there:
+            raise unknown_target(target, linear)
+
+
+def quick_tokenizer(name):
+    """(the tokenizer of a local model, whether it is sure to be the run's own), or (None, False) for an odd one."""
+    folder = None if is_function(name) or _to_be_made(name) else local_folder(name)
+    if folder and is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
+        return quick_tokenizer(_base(folder))
+    if not folder or not all((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        return None, False
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    kind = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class")).removesuffix("Fast")
+    fast = transformers.PreTrainedTokenizerFast
+    cls = getattr(transformers, kind, fast) if kind.endswith("Tokenizer") else fast
+    try:
+        return (cls if issubclass(cls, fast) else fast).from_pretrained(folder, local_files_only=True), kind in EXACT
+    except Exception:  # the run itself says what is wrong with it
+        return None, False
+
+
+def first_rows(read, files):
+    """The first rows of the files that are there."""
+    return [row for file in files if Path(file).is_file() for row in islice(read(file), FIRST)]
+
+
+def check_templates(names, conversations, **kwargs):
+    """UserError where the chat template of one of the models is missing or refuses one of the conversations."""
+    for name in names if conversations else ():
+        tokenizer, _ = quick_tokenizer(name)
+        for messages in conversations if tokenizer else ():
+            apply_chat_template(tokenizer, messages, **kwargs)
+
+
+def with_answer(prompt, answer="Yes."):
+    """The conversation that a judge reads."""
+    return [*prompt, {"role": "assistant", "content": answer}]

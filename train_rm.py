@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from rlhf_min import toy
-from rlhf_min.data import load_pairs, pair_of_row, read_rows
+from rlhf_min.data import load_pairs, pair_of_row, read_rows, with_answer
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.options import LoRAOptions, option, parse_options, refuse_mistakes
-from rlhf_min.preflight import check_names, check_templates, first_rows, with_answer
+from rlhf_min.preflight import check_names, check_template, first_rows, quick_tokenizer
 
 
 @dataclass
@@ -76,8 +76,9 @@ class RewardModelOptions(LoRAOptions):
 
     def check_tokens(self):
         pairs = [pair_of_row(*row) for row in first_rows(read_rows, self.files()) if "chosen" in row[1]]
-        answers = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-        check_templates([self.base], [with_answer(*answer) for answer in answers if isinstance(answer[0], list)])
+        pairs = [pair for pair in pairs if isinstance(pair.prompt, list)]
+        tokenizer = quick_tokenizer(self.base)[0] if pairs else None
+        check_template(tokenizer, [with_answer(p.prompt, answer) for p in pairs for answer in (p.chosen, p.rejected)])
 
     def split(self, rows, eval_rows, dropped="none"):
         """(rows to train on, rows to validate on) of rows in random order; UserError where they are too few."""

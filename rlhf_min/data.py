@@ -265,6 +265,11 @@ def encode_prompt(tokenizer, prompt):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def with_answer(prompt, answer):
+    """The conversation that a judge reads."""
+    return [*prompt, {"role": "assistant", "content": answer}]
+
+
 def apply_chat_template(tokenizer, messages, **kwargs):
     """The conversation as one string; UserError where the tokenizer has no template or the template refuses."""
     if tokenizer.chat_template is None:

@@ -13,22 +13,13 @@ from .precision import autocast
 from .reinforce import prefix_kl
 from .reward_model import load_judge
 from .rollout import completion_logits, decode_completions, sample
+from .sources import named_judges
 from .warp import interpolate
-
-COLUMNS = {"prompt", "completion", "length", "ended", "kl", "eos_rate", "distinct_2", "eta", "policy", "run"}
 
 
 def load_judges(specs, device):
     """{name: judge} from `name=spec` or plain `spec`, whose name is then its last part."""
-    judges = {}
-    for spec in specs:
-        name, equals, rest = spec.partition("=")
-        if not equals:
-            name, rest = spec.rstrip("/").replace("/", ".").rpartition(".")[2], spec
-        if name in judges or name in COLUMNS:
-            raise UserError(f"--judges {spec}: the name {name} is taken; write other-name={rest}")
-        judges[name] = load_judge(rest, device)
-    return judges
+    return {name: load_judge(spec, device) for name, spec in named_judges(specs).items()}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ def load_inputs(options, device):
     if options.prompts == toy.PROMPTS:
         options.judges = options.judges or toy.JUDGES
     policy, tokenizer = load_policy(options.policy, device, options.max_length)
-    judges = load_judges([f"reward={options.reward_model}", *options.judges], device)
+    judges = load_judges(options.judge_specs(), device)
     prompts, eval_prompts = options.load_prompts(tokenizer)
     generator = torch.Generator().manual_seed(options.seed)
     prompts, eval_prompts = split_prompts(prompts, eval_prompts, options.num_eval_prompts, generator)

@@ -17,10 +17,11 @@ from typing import ClassVar
 import yaml
 
 from . import toy
-from .data import hold_out_of, load_prompts, prompt_of_row, read_prompts
+from .data import hold_out_of, load_prompts, prompt_of_row, read_prompts, with_answer
 from .errors import UserError, one_line_errors
 from .files import read_json
-from .preflight import check_names, check_targets, check_templates, first_rows, quick_tokenizer, with_answer
+from .preflight import check_names, check_targets, check_template, first_rows, quick_tokenizer
+from .sources import named_judges
 
 LARGEST = {int: 2**31 - 1, float: 1e30}  # what any number may be: torch's kernels overflow beyond
 
@@ -140,9 +141,13 @@ class SamplingOptions(RunOptions):
         """The policies that the options name."""
         return []
 
+    def judge_specs(self):
+        """The judges that the options name, as `name=spec` or `spec`."""
+        return self.judges
+
     def judge_names(self):
-        """The judges that the options name."""
-        return [spec.partition("=")[2] or spec for spec in self.judges]
+        """The same without their names."""
+        return named_judges(self.judge_specs()).values()
 
     def draw_from(self, prompts, others):
         """The prompts to draw the evaluation's from, given those of the two files; UserError where they are too few."""
@@ -169,12 +174,13 @@ class SamplingOptions(RunOptions):
     def check_tokens(self):
         rows = first_rows(partial(read_prompts, max_characters=self.max_prompt_characters), self.files())
         messages = [text for _, text, _ in rows if isinstance(text, list)]
-        check_templates(self.policy_names(), messages, add_generation_prompt=True)
-        check_templates(self.judge_names(), [with_answer(prompt) for prompt in messages])
         for name in self.policy_names():
             tokenizer, exact = quick_tokenizer(name)
             for row in rows if exact else ():
                 prompt_of_row(*row, tokenizer, self.prompt_tokens, self.max_length)
+            check_template(tokenizer, [] if exact else messages, add_generation_prompt=True)
+        for name in self.judge_names() if messages else ():
+            check_template(quick_tokenizer(name)[0], [with_answer(prompt, "Yes.") for prompt in messages])
 
 
 @dataclass
@@ -196,8 +202,8 @@ class PolicyOptions(SamplingOptions, LoRAOptions):
     def policy_names(self):
         return [self.policy]
 
-    def judge_names(self):
-        return [self.reward_model, *super().judge_names()]
+    def judge_specs(self):
+        return [f"reward={self.reward_model}", *self.judges]
 
     def draw_from(self, prompts, others):
         return hold_out_of(prompts, others, self.num_eval_prompts)

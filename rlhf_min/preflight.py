@@ -60,14 +60,20 @@ def _to_be_made(name):
     return root in toy.MODELS and not Path(root, "model").exists()
 
 
+def _folder(name):
+    """The folder of a model that is on this machine, else None."""
+    return None if is_function(name) or _to_be_made(name) else local_folder(name)
+
+
 def read_config(name):
     """What config.json says of a model, for an adapter of its base with the adapter's head; {} if not known here."""
-    if is_function(name) or _to_be_made(name) or not local_folder(name):
-        return {}
-    folder = local_folder(name)
-    if not is_adapter(folder):
-        return read_json(folder / "config.json")
-    config, head = read_config(_base(folder)), head_size(folder)
+    folder = _folder(name)
+    if not folder or not is_adapter(folder):
+        return read_json(folder / "config.json") if folder else {}
+    base, head = _base(folder), head_size(folder)
+    if not _to_be_made(base):
+        check_model(base)
+    config = read_config(base)
     if head:
         config |= {"architectures": ["SequenceClassification"], "id2label": None, **head_labels(head)}
     return config
@@ -87,7 +93,7 @@ def has_sigma(judge):
 
 def check_targets(name, targets):
     """UserError for a LoRA target that is no part of any tensor's name in the model's files."""
-    folder, there, linear = None if _to_be_made(name) else local_folder(name), set(), set()
+    folder, there, linear = _folder(name), set(), set()
     for path in folder.glob("*.safetensors") if folder and targets and not is_adapter(folder) else ():
         with safe_open(path, framework="np") as file:
             for key in file.keys():  # noqa: SIM118
@@ -102,7 +108,7 @@ def check_targets(name, targets):
 
 def quick_tokenizer(name):
     """(the tokenizer of a local model, whether it is sure to be the run's own), or (None, False) for an odd one."""
-    folder = None if is_function(name) or _to_be_made(name) else local_folder(name)
+    folder = _folder(name)
     if folder and is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
         return quick_tokenizer(_base(folder))
     if not folder or not all((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
@@ -124,14 +130,7 @@ def first_rows(read, files):
     return [row for file in files if Path(file).is_file() for row in islice(read(file), FIRST)]
 
 
-def check_templates(names, conversations, **kwargs):
-    """UserError where the chat template of one of the models is missing or refuses one of the conversations."""
-    for name in names if conversations else ():
-        tokenizer, _ = quick_tokenizer(name)
-        for messages in conversations if tokenizer else ():
-            apply_chat_template(tokenizer, messages, **kwargs)
-
-
-def with_answer(prompt, answer="Yes."):
-    """The conversation that a judge reads."""
-    return [*prompt, {"role": "assistant", "content": answer}]
+def check_template(tokenizer, conversations, **kwargs):
+    """UserError where a tokenizer, if it is one, has no chat template or the template refuses a conversation."""
+    for messages in conversations if tokenizer else ():
+        apply_chat_template(tokenizer, messages, **kwargs)

@@ -10,7 +10,7 @@ import traceback
 import torch
 
 from .batches import pad
-from .data import apply_chat_template
+from .data import apply_chat_template, with_answer
 from .errors import UserError, first_line
 from .losses import rating_mean_std
 from .models import context_length, load_classifier
@@ -28,7 +28,7 @@ def encode_answer(tokenizer, prompt, completion, ended=True, max_length=None, ke
     if plain:
         text = prompt + completion
     elif ended:
-        text = apply_chat_template(tokenizer, [*prompt, {"role": "assistant", "content": completion}])
+        text = apply_chat_template(tokenizer, with_answer(prompt, completion))
     else:
         text = apply_chat_template(tokenizer, prompt, add_generation_prompt=True) + completion
     ids = tokenizer(text, add_special_tokens=plain)["input_ids"]

@@ -19,6 +19,7 @@ from .errors import UserError, first_line
 from .files import read_json
 
 _CONFIGS = ("config.json", "adapter_config.json")
+COLUMNS = {"prompt", "completion", "length", "ended", "kl", "eos_rate", "distinct_2", "eta", "policy", "run"}
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 
 
@@ -86,7 +87,10 @@ def find_model(name):
 def _cached(name, file):
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(name, file)
+    try:
+        path = try_to_load_from_cache(name, file)
+    except ValueError:  # the hub gives nobody such a name
+        return None
     return path if isinstance(path, str) else None
 
 
@@ -182,7 +186,7 @@ def label_names(config):
     names, count = config.get("id2label"), config.get("num_labels")
     try:
         if names is None:
-            return [f"LABEL_{i}" for i in range(2 if count is None else count)]
+            return [f"LABEL_{i}" for i in range(2 if count is None else min(count, 9))]  # or ten billion
         names = {int(i): str(label) for i, label in names.items()}
     except (TypeError, ValueError, AttributeError, OverflowError):
         return None
@@ -224,6 +228,21 @@ def unknown_target(target, linear):
     """The UserError for a name that no module has; `linear` are names of those that can have an adapter."""
     there = ", ".join(sorted(linear))
     return UserError(f"--lora-target-modules: no linear module is named {target}; there are {there}")
+
+
+def named_judges(specs):
+    """{name: spec} of judges `name=spec` or plain `spec`, whose name is then its last part; no name twice."""
+    judges = {}
+    for spec in specs:
+        name, equals, rest = spec.partition("=")
+        if not equals:
+            name, rest = spec.rstrip("/").replace("/", ".").rpartition(".")[2], spec
+        if not rest:
+            raise UserError(f"--judges {spec} names no judge; write name=folder or name=package.module.function")
+        if name in judges or name in COLUMNS:
+            raise UserError(f"--judges {spec}: the name {name} is taken; write other-name={rest}")
+        judges[name] = rest
+    return judges
 
 
 def is_function(spec):

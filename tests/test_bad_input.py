@@ -27,7 +27,7 @@ from rlhf_min.data import load_pairs, load_prompts, read_prompts, read_rows, rea
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.lora import add_lora, save_adapter
 from rlhf_min.models import save_model
-from rlhf_min.options import parse_options
+from rlhf_min.options import parse_options, refuse_mistakes
 from rlhf_min.pretrain import train_tokenizer
 
 MAINS = {
@@ -56,6 +56,8 @@ def text(prompts, completions, **columns): return ["good"] * len(prompts)
 """
 USER, GOOD, BAD = ({"role": role, "content": text} for role, text in
                    (("user", "A film?"), ("assistant", "Great."), ("assistant", "Dull.")))  # fmt: skip
+MESSAGES = [{"prompt": [{**USER, "content": f"Film {i}"}]} for i in range(12)]
+SHORT, LONG = [{"text": letter} for letter in "bcde"], [{"prompt": "film " * 40 + letter} for letter in "bcde"]
 
 
 class Case(NamedTuple):
@@ -150,18 +152,26 @@ CASES = {
     "prompt by the assistant": Case(
         "warp", "--prompts a.jsonl", "line 1: the last message", {"a.jsonl": rows({"prompt": [USER, GOOD]})}
     ),
-    "no chat template": Case("warp", "--prompts a.jsonl", "no chat template", {"a.jsonl": rows({"prompt": [USER]})}),
+    "no chat template": Case("warp", "--prompts a.jsonl", "no chat template", {"a.jsonl": rows(*MESSAGES)}),
     # lengths and numbers of prompts and pairs
     "prompt too long": Case(
-        "warp", "--prompts a.jsonl", "a.jsonl, line 1: the prompt has", {"a.jsonl": rows({"prompt": "film " * 40})}
+        "warp",
+        "--prompts a.jsonl",
+        "a.jsonl, line 1: the prompt has",
+        {"a.jsonl": rows({"prompt": "film " * 40}, *MESSAGES)},
     ),
     "no room for an answer": Case("warp", "--prompt-tokens 16", "--prompt-tokens 16 leaves no room"),
-    "texts too short": Case("warp", "--prompts a.jsonl", "lower --prompt-tokens", {"a.jsonl": rows({"text": "a"})}),
+    "texts too short": Case(
+        "warp",
+        "--prompts a.jsonl",
+        "lower --prompt-tokens",
+        {"a.jsonl": rows({"text": "a"}, *SHORT)},
+    ),
     "beyond the context": Case("warp", "--max-length 65", "lower --max-length 65"),
     "too few prompts to hold out": Case("warp", "--num-eval-prompts 12", "--num-eval-prompts"),
     "too few prompts to evaluate on": Case("evaluate", "--num-prompts 13", "lower --num-prompts 13"),
     "too few pairs": Case("rm", "--batch-size 500", "lower --batch-size"),
-    "all pairs too long": Case("rm", "--max-length 8", "10 longer than 8 tokens"),
+    "all pairs too long": Case("rm", "--accept-weak --max-length 8", "10 longer than 8 tokens"),
     # models
     "missing policy": Case("warp", "--policy nowhere", "nowhere: no such folder"),
     "missing run": Case("evaluate", "--policies runs/rm", "runs/rm: no such folder"),
@@ -169,7 +179,7 @@ CASES = {
     "hub unreachable": Case("rm", "--base owner/name", "the hub cannot be reached"),
     "folder without a model": Case("warp", "--policy empty", "empty: no config.json"),
     "no pad, no EOS": Case("warp", "--policy plain", "plain: its tokenizer has neither"),
-    "base without pad and EOS": Case("rm", "--base plain", "plain: its tokenizer has neither"),
+    "base without pad and EOS": Case("rm", "--accept-weak --base plain", "plain: its tokenizer has neither"),
     "reward model as policy": Case("warp", "--policy judge", "judge"),
     "judge with two labels": Case(
         "warp", "--reward-model two_labels", "two_labels: a classifier with the labels LABEL_0, LABEL_1"
@@ -198,7 +208,7 @@ CASES = {
     "stray word": Case("pretrain", "stray", "unrecognized arguments: stray"),
     "seed too large": Case("warp", f"--seed {2**64}", "--seed"),
     "unknown device": Case("warp", "--device banana", "--device banana"),
-    "missing device": Case("rm", "--device cuda:99", "--device cuda:99"),
+    "missing device": Case("rm", "--accept-weak --device cuda:99", "--device cuda:99"),
     "width that heads cannot share": Case("pretrain", "--width 97", "--width"),
     "front and policies": Case("evaluate", "--front policy", "exclude each other"),
     # configuration files
@@ -432,7 +442,10 @@ CASES = {
         "pretrain", "--data a.jsonl", "'text' must be text, but is int", {"a.jsonl": rows({"text": 1})}
     ),
     "chosen equal to rejected": Case(
-        "rm", "--data a.jsonl", "dropped: 20 identical", {"a.jsonl": rows(*[{"chosen": "a", "rejected": "a"}] * 20)}
+        "rm",
+        "--accept-weak --data a.jsonl",
+        "dropped: 20 identical",
+        {"a.jsonl": rows(*[{"chosen": "a", "rejected": "a"}] * 20)},
     ),
     "message that is text": Case(
         "rm", "--data a.jsonl", "every message of", {"a.jsonl": rows({"chosen": [USER, "a"], "rejected": [USER, BAD]})}
@@ -482,7 +495,7 @@ CASES = {
     "lr in hexadecimal": Case("rm", "--lr 0x1", "--lr: invalid float value: '0x1'"),
     "lr without digits": Case("rm", "--lr=", "--lr: invalid float value: ''"),
     "flag without a name": Case("rm", "--=1", "unrecognized arguments: --=1"),
-    "judge without a name": Case("evaluate", "--judges =", "no such folder"),
+    "judge without a name": Case("evaluate", "--judges =", "--judges = names no judge"),
     "policy without a name": Case("warp", "--policy=", "--policy"),
     "prompts without a name": Case("warp", "--prompts=", "--prompts"),
     "config without a name": Case("warp", "--config=", "--config"),
@@ -643,7 +656,7 @@ PICKLE = pickle.dumps(Trap())
 WTE, ATTENTION, HEAD = "transformer.wte.weight", "transformer.h.0.attn.c_attn", "score.weight"
 LORA_A, LORA_B = (f"base_model.model.{ATTENTION}.lora_{side}.weight" for side in "AB")
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-CHAT = {"prompts.jsonl": rows(*({"prompt": [{**USER, "content": f"Film {i}"}]} for i in range(12)))}
+CHAT = {"prompts.jsonl": rows(*MESSAGES)}
 BROKEN = {
     # weights
     "weights cut off in the header": Broken("policy", cut(100), "model.safetensors cannot be read"),
@@ -916,7 +929,8 @@ def models_folder(tmp_path_factory, tiny_tokenizer):
         save_model(classifier, tiny_tokenizer, folder / name)
     for name, kind, base in (("orphan", GPT2LMHeadModel, "gone/base"),
                              ("orphan_judge", GPT2ForSequenceClassification, "gone/base"),
-                             ("adapted_judge", GPT2ForSequenceClassification, "policy")):  # fmt: skip
+                             ("adapted_judge", GPT2ForSequenceClassification, "policy"),
+                             ("adapter", GPT2LMHeadModel, "policy")):  # fmt: skip
         model = kind(GPT2Config(**size, num_labels=1, pad_token_id=1))
         model.config._name_or_path = base
         save_adapter(add_lora(model, r=2, alpha=4), folder / name)
@@ -961,6 +975,141 @@ def test_a_mistake_is_one_line_and_exit_code_2(workplace, capfd, recwarn, case):
         (workplace / name).write_bytes(content)
     check_refusal(workplace, capfd, case)
     assert not recwarn.list  # a warning is a line, too
+
+
+# What only the model's tensors, the tokens of all rows, or the run itself shows
+NOT_EARLY = {
+    "texts too short", "all pairs too long", "chosen equal to rejected", "no pad, no EOS",
+    "base without pad and EOS", "KL of another architecture", "KL of another vocabulary",
+    "resume of a run of other inputs", "resume of a run whose inputs are a list",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.late])
+def test_a_mistake_is_refused_early(workplace, monkeypatch, capfd, name):
+    """T59: the same line comes from the checks before torch's import, but for the few of NOT_EARLY."""
+    case = CASES[name]
+    for file, content in case.files.items():
+        (workplace / file).parent.mkdir(parents=True, exist_ok=True)
+        (workplace / file).write_bytes(content)
+    code, line = refused_early(monkeypatch, capfd, case.script, case.flags)
+    assert code == (None if name in NOT_EARLY else 2)
+    assert name in NOT_EARLY or (line.count("\n") == 1 and case.fragment in line)
+
+
+def refused_early(monkeypatch, capfd, script, flags):
+    """(the exit code of refuse_mistakes with these flags behind a script's own, None if it lets them pass, stderr)"""
+    monkeypatch.setattr("sys.argv", ["script", *FLAGS[script].split(), *flags.split()])
+    code = None
+    try:
+        refuse_mistakes(OPTIONS[script])
+    except SystemExit as stop:
+        code = stop.code
+    return code, capfd.readouterr().err
+
+
+def test_a_rank_is_checked_with_its_targets(workplace, monkeypatch, capfd):
+    """A target that is there passes; so does any target of an adapter, whose base is not looked into."""
+    for flags in ("--lora-r 2 --lora-target-modules c_attn c_proj", "--lora-r 2"):
+        assert refused_early(monkeypatch, capfd, "warp", flags) == (None, "")
+
+
+TEMPLATE = b"{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}A:"
+RATINGS = {"id2label": {"0": "1", "1": "2"}}
+LONGER, CHATTY = "--policy copy --max-length 99", "--policy copy --prompts chat.jsonl --max-length 64"
+NAMED, MARK = [{"name": "default", "template": TEMPLATE.decode()}], "<a long mark>"
+NO_JSON = put(tokenizer__json=None, vocab__json={}, merges__txt=b"")
+LEGAL = {  # name → script, flags, and changes of copies of models, {copy: (original, change)}
+    "adapter as judge": ("warp", "--reward-model adapted_judge --judges a=adapted_judge", {}),
+    "function as judge": ("warp", "--reward-model functions.few", {}),
+    "adapter as policy": ("reinforce", "--policy adapter", {}),
+    "judge as base": ("rm", "--accept-weak --base judge", {}),
+    "adapted judge as base": ("rm", "--accept-weak --base adapted_judge", {}),
+    "ratings and their sigma": (
+        "reinforce", "--reward-model copy --sigma advantage", {"copy": ("two_labels", also("config.json", **RATINGS))},
+    ),
+    "world that is made later": ("reinforce", "--policy runs/toy/policy --reward-model runs/toy/reward_model", {}),
+    "sigma of a world that is made later": (
+        "reinforce", "--reward-model runs/toy/ordinal_reward_model --sigma penalty", {},
+    ),
+    "adapter on a world that is made later": (
+        "warp", "--policy copy",
+        {"copy": ("adapter", also(ADAPTER_CONFIG, base_model_name_or_path="runs/toy/policy/model"))},
+    ),
+    "judge of one unnamed label": (
+        "warp", "--reward-model copy", {"copy": ("judge", also("config.json", id2label=None, num_labels=1))},
+    ),
+    "context of another name": (
+        "warp", LONGER,
+        {"copy": ("policy", also("config.json", n_positions=None, max_position_embeddings=99))},
+    ),
+    "context by default": ("warp", LONGER, {"copy": ("policy", also("config.json", n_positions=None))}),
+    "tokenizer without tokenizer.json": (
+        "warp", "--policy copy --max-length 8", {"copy": ("policy", NO_JSON)},
+    ),
+    "prompts that leave room for one token": ("warp", "--max-length {just} --prompts prompts.jsonl", {}),
+    "template with special tokens": (
+        "warp", CHATTY, {"copy": ("policy", put(chat_template__jinja=TEMPLATE))},
+    ),
+    "one template of several": (
+        "warp", CHATTY,
+        {"copy": ("policy", also("tokenizer_config.json", chat_template=NAMED))},
+    ),
+    "special tokens that tokenizer.json does not know": (
+        "warp", "--policy copy --prompts marked.jsonl",
+        {"copy": ("policy", also("tokenizer_config.json", eos_token=MARK))},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEGAL)
+def test_what_is_legal_passes_early(workplace, monkeypatch, capfd, tiny_tokenizer, name):
+    """No early check refuses what the run would take: a late refusal costs seconds, a false one the run."""
+    script, flags, copies = LEGAL[name]
+    for copy, (model, change) in copies.items():
+        shutil.copytree(workplace / model, workplace / copy)
+        change(workplace / copy)
+    longest = max(len(tiny_tokenizer(f"The film {i}")["input_ids"]) for i in range(12))
+    (workplace / "chat.jsonl").write_bytes(rows(*MESSAGES))
+    (workplace / "marked.jsonl").write_bytes(rows(*({"prompt": f"Film {i}" + MARK * 7} for i in range(12))))
+    judged = "--reward-model functions.few " if "chat.jsonl" in flags else ""
+    assert refused_early(monkeypatch, capfd, script, judged + flags.format(just=longest + 1)) == (None, "")
+    if "{just}" in flags:
+        code, line = refused_early(monkeypatch, capfd, script, flags.format(just=longest))
+        assert (code, f"the prompt has {longest} tokens" in line) == (2, True)
+
+
+ODD_VALUES = ([], {}, "", "GPT2ForSequenceClassification", 3, -1, 0.5, True, [None], {"0": 1}, {"x": "y"}, [[]], 10**30)
+
+
+@pytest.mark.parametrize("key", ["architectures", "id2label", "num_labels", "n_positions", "max_position_embeddings"])
+@pytest.mark.parametrize("model", ["policy", "two_labels", "judge"])
+def test_odd_values_of_a_config_are_no_traceback(workplace, monkeypatch, capfd, model, key):
+    """Whatever JSON a config.json holds, the early checks let it pass or refuse it in one line."""
+    shutil.copytree(workplace / model, workplace / "broken")
+    for value in ODD_VALUES:
+        also("config.json", **{key: value})(workplace / "broken")
+        for script, flags in (("warp", "--policy broken"), ("reinforce", "--reward-model broken --sigma advantage")):
+            code, line = refused_early(monkeypatch, capfd, script, flags)
+            assert (code, line.count("\n")) in ((None, 0), (2, 1))
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        ("--policy runs/toy/reward_model", "is a classifier, not a language model"),
+        ("--reward-model runs/toy/policy", "no sequence classifier"),
+        ("--sigma advantage", "runs/toy/reward_model gives no σ"),
+        ("--max-length 4096", "reads at most"),
+        ("--num-eval-prompts 100", "too few to hold out 100"),
+    ],
+)
+def test_a_world_that_is_made_is_checked_early(in_world, monkeypatch, capfd, flags, fragment):
+    """The embedded world's models are no exception once they are there."""
+    monkeypatch.setattr("sys.argv", ["script", *flags.split(), "--out", "new"])
+    with pytest.raises(SystemExit):
+        refuse_mistakes(OPTIONS["reinforce"])
+    assert fragment in capfd.readouterr().err
 
 
 def check_refusal(workplace, capfd, case):
@@ -1149,7 +1298,7 @@ for flags in json.loads(sys.argv[1]):
         code = 0
     except SystemExit as stop:
         code = stop.code
-    print(code, "torch" in sys.modules)
+    print(code, "torch" in sys.modules or "transformers.modeling_utils" in sys.modules)
 """
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {
@@ -1169,16 +1318,39 @@ MISTAKES = {
         ("--reward-model functions.f", "no function f"),
         ("--resume --out=", "--resume needs --out"),
         ("--out policy", "--out policy holds"),
+        ("--policy judge", "judge is a classifier, not a language model"),
+        ("--policy adapted_judge", "adapted_judge is a classifier, not a language model"),
+        ("--reward-model policy", "no sequence classifier"),
+        ("--reward-model sentiment", "the labels NEGATIVE, POSITIVE"),
+        ("--max-length 65", "policy reads at most 64 tokens; lower --max-length 65"),
+        ("--lora-r 2 --lora-target-modules q_proj", "named q_proj; there are c_attn, c_fc, c_proj"),
+        ("--lora-target-modules c_attn", "go with LoRA only"),
+        ("--num-eval-prompts 12", "12 distinct prompts are too few"),
+        ("--prompts long.jsonl", "long.jsonl, line 1: the prompt has"),
+        ("--prompts chat.jsonl", "no chat template"),
+        ("--prompts chat.jsonl --policy refusing", "refuses a conversation: no films"),
     ],
     "train_rm.py": [
+        ("--margin", "pairs.jsonl, line 1: a pair with a field 'margin' is needed"),
+        ("--batch-size 20", "are too few"),
+        ("--data chat_pairs.jsonl --accept-weak", "no chat template"),
+        ("--lora-r 2 --lora-target-modules attn --accept-weak", "named attn"),
         ("--data bad.jsonl", "bad.jsonl, line 1: no field 'chosen'"),
         ("--data owner/name", "owner/name is no local file"),
         ("--base owner/name", "the hub cannot be reached"),
     ],
-    "train_reinforce.py": [("--beta -1", "--beta must be at least 0"), ("--policy empty", "empty: no config.json")],
+    "train_reinforce.py": [
+        ("--beta -1", "--beta must be at least 0"),
+        ("--policy empty", "empty: no config.json"),
+        ("--sigma advantage", "judge gives no σ"),
+        ("--sigma penalty --reward-model functions.few", "functions.few gives no σ"),
+    ],
     "evaluate.py": [
         ("--judges j=nowhere", "nowhere: no such folder"),
         ("--exclude bad.jsonl", "bad.jsonl, line 2: not"),
+        ("--num-prompts 13", "12 distinct prompts; lower --num-prompts 13"),
+        ("--policies policy judge", "judge is a classifier"),
+        ("--prompts chat.jsonl --policies refusing", "refuses a conversation"),
     ],
     "rlhf_min/pretrain.py": [("--data none.txt", "none.txt: no such file"), ("--width 33", "--width 33 must be")],
 }
@@ -1189,7 +1361,15 @@ def test_mistakes_are_refused_before_torch_is_imported(workplace, monkeypatch, s
     """T59, T69: called as its users call it, a script says what is wrong in one line before torch takes its seconds."""
     (workplace / "a.yaml").write_text("gamma: 1\n")
     (workplace / "bad.jsonl").write_bytes(rows({"prompt": "a"}) + b"{")
-    for name, change in (("cut", cut(-9)), ("pickled", put(model__safetensors=None, pytorch_model__bin=PICKLE))):
+    (workplace / "long.jsonl").write_bytes(rows(*LONG))
+    (workplace / "chat.jsonl").write_bytes(rows(*MESSAGES))
+    chats = ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]} for _ in range(20))
+    (workplace / "chat_pairs.jsonl").write_bytes(rows(*chats))
+    for name, change in (
+        ("cut", cut(-9)),
+        ("pickled", put(model__safetensors=None, pytorch_model__bin=PICKLE)),
+        ("refusing", put(chat_template__jinja=b"{{ raise_exception('no films') }}")),
+    ):
         shutil.copytree(workplace / "policy", workplace / name)
         change(workplace / name)
     monkeypatch.delenv("HF_HUB_OFFLINE")
@@ -1207,6 +1387,15 @@ def test_mistakes_are_refused_before_torch_is_imported(workplace, monkeypatch, s
     for line, (_, fragment) in zip(lines, MISTAKES[script]):
         assert line.startswith("error: ")
         assert fragment in line
+
+
+def test_a_device_that_is_not_there_is_refused_before_transformers_models_are_imported(workplace):
+    """Only torch knows the devices, so this mistake waits for torch, but for nothing else."""
+    program = EARLY.replace("SCRIPT", repr(str(ROOT / "train_warp.py"))).replace('"torch" in sys.modules or ', "")
+    flags = json.dumps([[*FLAGS["warp"].split(), "--device", "cuda:99"]])
+    done = subprocess.run([sys.executable, "-c", program, flags], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr.count("\n")) == ("2 False\n", 1)
+    assert "--device cuda:99 is not to be had" in done.stderr
 
 
 def test_an_uncaught_mistake_is_the_exit_code_of_the_process(workplace):

@@ -31,7 +31,7 @@ from .sources import (
 )
 
 FIRST = 1000  # so many rows are tokenised: a mistake that they all have shows, and a good run hardly waits
-EXACT = {"TokenizersBackend", "PreTrainedTokenizer", "GPT2Tokenizer"}  # AutoTokenizer makes nothing else of these
+EXACT = {"TokenizersBackend", "PreTrainedTokenizer", "GPT2Tokenizer"}  # AutoTokenizer takes these as they are
 
 
 def check_names(files=(), policies=(), bases=(), judges=(), max_length=0):

@@ -19,7 +19,18 @@ from .errors import UserError, first_line
 from .files import read_json
 
 _CONFIGS = ("config.json", "adapter_config.json")
-COLUMNS = {"prompt", "completion", "length", "ended", "kl", "eos_rate", "distinct_2", "eta", "policy", "run"}
+TAKEN = {
+    "prompt",
+    "completion",
+    "length",
+    "ended",
+    "kl",
+    "eos_rate",
+    "distinct_2",
+    "eta",
+    "policy",
+    "run",
+}  # columns of tables
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 
 
@@ -27,12 +38,13 @@ def hub_refusal(path, timeout=1.0):
     """Why the hub will not give a file, in words, else ""; unasked, from_pretrained would retry for 8 to 47 seconds."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
         return "the hub cannot be reached"
-    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{urllib.parse.quote(path)}"
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    request = urllib.request.Request(f"{endpoint}/{urllib.parse.quote(path)}", method="HEAD")
     answers = []
 
     def ask():
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout)
+            urllib.request.urlopen(request, timeout=timeout)
             answers.append("")
         except urllib.error.HTTPError as error:
             answers.append(error.headers.get("X-Error-Code"))  # which the hub sends, and no proxy in between
@@ -95,7 +107,7 @@ def _cached(name, file):
 
 
 def local_folder(name):
-    """The folder with a model's files, for a hub name that in the hub's cache; None where there is none."""
+    """The folder with a model's files, for a hub name the one in the hub's cache; None where there is none."""
     folder = find_model(name)
     if Path(folder).exists():
         return Path(folder)
@@ -239,7 +251,7 @@ def named_judges(specs):
             name, rest = spec.rstrip("/").replace("/", ".").rpartition(".")[2], spec
         if not rest:
             raise UserError(f"--judges {spec} names no judge; write name=folder or name=package.module.function")
-        if name in judges or name in COLUMNS:
+        if name in judges or name in TAKEN:
             raise UserError(f"--judges {spec}: the name {name} is taken; write other-name={rest}")
         judges[name] = rest
     return judges

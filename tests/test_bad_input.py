@@ -16,7 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    DistilBertTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 import evaluate
 import rlhf_min.pretrain
@@ -1077,6 +1085,34 @@ def test_what_is_legal_passes_early(workplace, monkeypatch, capfd, tiny_tokenize
     if "{just}" in flags:
         code, line = refused_early(monkeypatch, capfd, script, flags.format(just=longest))
         assert (code, f"the prompt has {longest} tokens" in line) == (2, True)
+
+
+def test_a_name_of_the_hub_passes_early(workplace, monkeypatch, capfd):
+    """Of a model that is only on the hub nothing is known: it passes in every place."""
+    monkeypatch.setattr("rlhf_min.sources.hub_refusal", lambda path: "")
+    (workplace / "chat.jsonl").write_bytes(rows(*MESSAGES))
+    flags = "--policy owner/name --reward-model owner/judge --prompts chat.jsonl --lora-r 2 --lora-target-modules x"
+    assert refused_early(monkeypatch, capfd, "reinforce", f"{flags} --sigma advantage --max-length 999") == (None, "")
+    assert refused_early(monkeypatch, capfd, "rm", "--base owner/name --accept-weak") == (None, "")
+
+
+def test_a_distilbert_judge_passes_early(workplace, monkeypatch, capfd):
+    """An encoder's judge with a tokenizer class of its own passes, and is missed a template only where it needs one."""
+    (workplace / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film"]))
+    config = DistilBertConfig(vocab_size=7, dim=16, hidden_dim=16, n_layers=1, n_heads=2, num_labels=1)
+    words = DistilBertTokenizer(str(workplace / "vocab.txt"))
+    save_model(DistilBertForSequenceClassification(config), words, workplace / "bert")
+    assert refused_early(monkeypatch, capfd, "warp", "--reward-model bert") == (None, "")
+    put(chat_template__jinja=TEMPLATE)(workplace / "bert")
+    shutil.copytree(workplace / "bert", workplace / "mute")
+    (workplace / "mute" / "chat_template.jinja").unlink()
+    (workplace / "chat.jsonl").write_bytes(rows(*MESSAGES))
+    shutil.copytree(workplace / "policy", workplace / "chatty")
+    put(chat_template__jinja=TEMPLATE)(workplace / "chatty")
+    flags = "--policy chatty --prompts chat.jsonl --max-length 64 --reward-model"
+    assert refused_early(monkeypatch, capfd, "warp", f"{flags} bert") == (None, "")
+    code, line = refused_early(monkeypatch, capfd, "warp", f"{flags} mute")
+    assert (code, "mute: its tokenizer has no chat template" in line) == (2, True)
 
 
 ODD_VALUES = ([], {}, "", "GPT2ForSequenceClassification", 3, -1, 0.5, True, [None], {"0": 1}, {"x": "y"}, [[]], 10**30)

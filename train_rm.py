@@ -105,7 +105,7 @@ if __name__ == "__main__":
 import torch
 
 from rlhf_min import pretrain
-from rlhf_min.batches import Batches, pad, shuffle
+from rlhf_min.batches import Batches, shuffle
 from rlhf_min.lora import add_chosen_lora, lora_layers, merge_lora, save_adapter
 from rlhf_min.losses import ordinal_loss, pairwise_loss
 from rlhf_min.models import (
@@ -118,7 +118,7 @@ from rlhf_min.models import (
 )
 from rlhf_min.plots import plot_metrics
 from rlhf_min.precision import Optimizer, autocast, resolve_device
-from rlhf_min.reward_model import classify, encode_answer, reward_and_sigma
+from rlhf_min.reward_model import encode_answer, reward_and_sigma, row_logits
 from rlhf_min.runlog import RunLog
 
 
@@ -141,8 +141,7 @@ def encode_pairs(pairs, tokenizer, max_length):
 def pair_logits(model, rows, tokenizer):
     """Logits of the chosen and of the rejected answers of B pairs: (B, K), (B, K), in float32."""
     answers = [chosen for chosen, _, _ in rows] + [rejected for _, rejected, _ in rows]
-    tokens, attention_mask = pad(answers, tokenizer.pad_token_id, model.device)  # (2B, L)
-    return classify(model, tokens, attention_mask).float().chunk(2)
+    return row_logits(model, answers, tokenizer.pad_token_id).chunk(2)
 
 
 def pair_loss(chosen, rejected, rows, options):

@@ -56,9 +56,10 @@ class LoRALayer(nn.Module):
     def forward(self, x):
         """(..., in) → (..., out)"""
         y = F.linear(x, self.weight.T if self.transposed else self.weight, self.bias)
-        if self.enabled:
-            y = y + self.scale * F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
-        return y
+        if not self.enabled:
+            return y
+        h = self.scale * F.linear(self.dropout(x), self.lora_A)  # (..., r)
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self.lora_B.T).view(y.shape)  # y + h Bᵀ in one pass
 
 
 def lora_layers(model):
@@ -83,7 +84,7 @@ def add_lora(model, r, alpha, dropout=0.0, target_modules=None):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_head(name))
     for name in {name: None for names in found.values() for name in names}:
-        _replace(model, name, LoRALayer(model.get_submodule(name), r, alpha, dropout))
+        replace_module(model, name, LoRALayer(model.get_submodule(name), r, alpha, dropout))
     return model
 
 
@@ -99,7 +100,8 @@ def is_head(name):
     return any(part in HEADS for part in name.split("."))
 
 
-def _replace(model, name, module):
+def replace_module(model, name, module):
+    """Put `module` where the model has the module `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -114,7 +116,7 @@ def merge_lora(model):
         n_in, n_out = layer.lora_A.shape[1], layer.lora_B.shape[0]
         plain = Conv1D(n_out, n_in) if layer.transposed else nn.Linear(n_in, n_out)
         plain.weight, plain.bias = nn.Parameter(layer.weight + layer.delta()), layer.bias
-        _replace(model, name, plain.train(layer.training))
+        replace_module(model, name, plain.train(layer.training))
     return model.requires_grad_(True)
 
 
@@ -211,7 +213,7 @@ def load_adapter(model, folder):
             layer.lora_B.copy_(b)
         except Exception as error:  # of the six kinds that a wrong file can raise here
             raise UserError(f"{folder}: {name} does not fit the model: {first_line(error)}") from None
-        _replace(model, name, layer)
+        replace_module(model, name, layer)
     parameters = dict(model.named_parameters(remove_duplicate=False))  # PEFT saves a tied matrix under both its names
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:

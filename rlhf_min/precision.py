@@ -55,7 +55,7 @@ class Optimizer:
     def __init__(self, parameters, lr, device, precision, warmup_steps=0, decay_steps=None, max_grad_norm=1.0,
                  weight_decay=0.0):  # fmt: skip
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.adam = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=weight_decay)
+        self.adam = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.max_grad_norm = max_grad_norm
 

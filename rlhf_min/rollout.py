@@ -4,11 +4,14 @@ B prompts, left-padded to P tokens, and answers of at most T tokens: `tokens` is
 completion; where a name comes from there, so does the word.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from .batches import pad
+from .decoding import Decoder, positions
 from .errors import UserError
 
 
@@ -24,11 +27,6 @@ class Rollout(NamedTuple):
     def completions(self):
         """(B, T)"""
         return self.tokens[:, -self.mask.shape[1] :]
-
-
-def positions(attention_mask):
-    """(B, L) → (B, L): 0, 1, 2, ... from the first real token. Without them GPT-2 is nats off under left padding."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def completion_mask(tokens, eos_token_id):
@@ -56,28 +54,48 @@ def sample(model, prompts, max_length, temperature, eos_token_id, pad_token_id, 
     shorter answer. Returns a Rollout. Raises UserError for logits that are not finite.
     """
     tokens, attention_mask = pad(prompts, pad_token_id, model.device, side="left")  # (B, P)
+    length = max_length - tokens.shape[1]  # T
     uniform = torch.rand(len(prompts), max_length, generator=generator, dtype=torch.float64).to(model.device)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
-    inputs, cache, answer = tokens, None, []
-    for t in range(max_length - tokens.shape[1]):
-        output = model(
-            input_ids=inputs, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1,
-            position_ids=positions(attention_mask)[:, -inputs.shape[1] :],
-        )  # fmt: skip
-        cumulated = (output.logits[:, -1].double() / temperature).softmax(-1).cumsum(-1)  # (B, V)
-        if not cumulated[:, -1].isfinite().all():
-            raise UserError("the policy's logits are not finite: the run diverged; lower --lr")
-        token = torch.searchsorted(cumulated, uniform[:, t : t + 1] * cumulated[:, -1:], right=True)  # (B, 1)
-        token = token.masked_fill(ended[:, None], pad_token_id)
-        answer.append(token)
-        ended |= _is_eos(token[:, 0], eos_token_id)
-        inputs, cache = token, output.past_key_values
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(prompts), 1)], dim=1)
-        if ended.all():
-            break
-    completions = torch.cat(answer, dim=1)
+    rows = torch.arange(len(prompts), device=model.device)  # (b,) whose answers go on, and a few that have ended
+    going = torch.ones_like(rows, dtype=torch.bool)  # (b,)
+    completions = tokens.new_full((len(prompts), length), pad_token_id)
+    with Decoder(model, attention_mask, max_length) as decoder:
+        inputs = tokens
+        for t in range(length):
+            probs = (decoder(inputs).float() / temperature).softmax(-1)  # (b, V)
+            token = draw(probs, uniform[rows, t : t + 1])  # (b, 1)
+            completions[rows, t : t + 1] = token
+            going &= ~_is_eos(token[:, 0], eos_token_id)
+            if not going.any():
+                break
+            if going.sum() < 0.75 * len(rows) and decoder.keep(going):
+                rows, token, going = rows[going], token[going], going[going]
+            inputs = token
+    completions = completions[:, : t + 1]
     mask = completion_mask(completions, eos_token_id)
+    completions = completions.masked_fill(~mask, pad_token_id)
+    attention_mask = torch.cat([attention_mask, torch.ones_like(mask)], dim=1)
+    ended = _is_eos(completions, eos_token_id).logical_and(mask).any(-1)
     return Rollout(torch.cat([tokens, completions], dim=1), attention_mask, mask, ended)
+
+
+def draw(probs, uniform):
+    """The token at which the cumulated distribution passes a uniform number: (B, V), (B, 1) → (B, 1).
+
+    Two searches, for the block of √V tokens and then in it, cumulate 2 √V numbers in float64 instead of V. Raises
+    UserError for probabilities that are not finite.
+    """
+    width = math.isqrt(probs.shape[1]) + 1
+    blocks = F.pad(probs, (0, -probs.shape[1] % width)).unflatten(1, (-1, width))  # (B, V / width, width)
+    cumulated = blocks.sum(-1).double().cumsum(-1)
+    if not cumulated[:, -1].isfinite().all():
+        raise UserError("the policy's logits are not finite: the run diverged; lower --lr")
+    target = uniform * cumulated[:, -1:]
+    block = torch.searchsorted(cumulated, target, right=True)  # (B, 1)
+    inner = blocks.take_along_dim(block[..., None], 1).squeeze(1).double().cumsum(-1)  # (B, width)
+    target = target - cumulated.take_along_dim(block, 1) + inner[:, -1:]  # what is left of it in the block
+    target = torch.minimum(target, inner[:, -1:] * (1 - 2**-50))  # rounding must not lead past its last token
+    return block * width + torch.searchsorted(inner, target, right=True)
 
 
 def completion_logits(model, rollout, temperature, weights=None):
@@ -86,22 +104,50 @@ def completion_logits(model, rollout, temperature, weights=None):
     The logits at position t−1 are those of token t, so the last prompt token scores the first of the answer. With
     `weights`, a dictionary {name: tensor}, the model is evaluated at those instead of its own.
     """
+    return _logits(model, rollout, weights).float() / temperature
+
+
+def _logits(model, rollout, weights):
     inputs = {
         "input_ids": rollout.tokens,
         "attention_mask": rollout.attention_mask,
         "position_ids": positions(rollout.attention_mask),
-        "logits_to_keep": rollout.mask.shape[1] + 1,
+        "logits_to_keep": torch.arange(-rollout.mask.shape[1] - 1, -1, device=rollout.tokens.device),
         "use_cache": False,
     }
     output = model(**inputs) if weights is None else torch.func.functional_call(model, weights, kwargs=inputs)
-    return output.logits[:, :-1].float() / temperature
+    return output.logits
 
 
 def token_logprobs(model, rollout, temperature, weights=None):
     """log π(y_t | x, y_<t) of the sampled tokens, (B, T), in nats; behind the first EOS the values mean nothing."""
-    logits = completion_logits(model, rollout, temperature, weights)  # (B, T, V)
-    chosen = logits.gather(-1, rollout.completions.unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.logsumexp(-1)
+    output = _logits(model, rollout, weights)
+    return _ChosenLogprob.apply(output, rollout.completions, temperature)
+
+
+class _ChosenLogprob(torch.autograd.Function):
+    """log p_y = z_y/τ − log Σ_v e^(z_v/τ), whose gradient in z is (1_y − p)/τ: two passes and no copy of (B, T, V).
+
+    Autograd's own way keeps logits/τ and builds the gradients of gather and logsumexp apart. In float32.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature):
+        chosen = logits.gather(-1, tokens[..., None])[..., 0].float() / temperature
+        total = torch.cat([(row.float() / temperature).logsumexp(-1, keepdim=True) for row in logits.split(1)])
+        ctx.save_for_backward(logits, tokens, total)
+        ctx.temperature = temperature
+        return chosen - total[..., 0]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, tokens, total = ctx.saved_tensors
+        scale = gradient / ctx.temperature  # (B, T)
+        out = torch.empty_like(logits)
+        for z, row, norm, s in zip(logits, out, total, scale):
+            row.copy_((z.float() / ctx.temperature - norm).exp_().mul_(-s[:, None]))
+        out.scatter_add_(-1, tokens[..., None], scale[..., None].to(out.dtype))
+        return out, None, None
 
 
 def decode_completions(tokenizer, rollout):

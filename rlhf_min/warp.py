@@ -9,6 +9,8 @@ import statistics
 
 import torch
 
+PIECE = 2**18  # numbers of a tensor that are worked on at a time, so that they stay in a cache
+
 
 def ema_update(ema, policy, mu):
     """Exponential moving average of weights, taken after each step:  θ_ema ← (1 − μ) θ_ema + μ θ  (section 3.1).
@@ -53,12 +55,17 @@ def slerp(a, b, lam):
     λ = 0 gives a, λ = 1 gives b; equal norms are kept, where the linear mean would shrink them. a, b: tensors of one
     shape. Returns a new tensor. Raises ValueError for opposite vectors.
     """
-    omega, _, _ = angle(a, b)
+    keep, take = _arc_weights(angle(a, b)[0], lam)
+    return keep * a + take * b
+
+
+def _arc_weights(omega, lam):
+    """sin((1−λ)Ω) / sin Ω and sin(λΩ) / sin Ω; ValueError for an angle of π, which no arc spans alone."""
     if omega < 1e-4:  # (nearly) the same direction, or a zero vector: the limit of the formula, linear
-        return (1.0 - lam) * a + lam * b
+        return 1.0 - lam, lam
     if math.pi - omega < 1e-4:
         raise ValueError("slerp of opposite task vectors is undefined: no direction lies between them")
-    return (math.sin((1.0 - lam) * omega) * a + math.sin(lam * omega) * b) / math.sin(omega)
+    return math.sin((1.0 - lam) * omega) / math.sin(omega), math.sin(lam * omega) / math.sin(omega)
 
 
 def group_names(names, by="block"):
@@ -79,9 +86,53 @@ def group_names(names, by="block"):
     return groups
 
 
-def task_vector(policy, init, names):
-    """δ = θ − θ_init of the named tensors, flattened into one vector (n,)."""
-    return torch.cat([(policy[name] - init[name]).flatten() for name in names])
+def inner_products(init, policies, names):
+    """The Gram matrix G_ij = ⟨δ_i, δ_j⟩ of the policies' task vectors over the named tensors: (M, M), float64.
+
+    In pieces that fit a cache, whose products are added up in float64; small ones are multiplied in it, too.
+    """
+    count = len(policies)
+    gram = torch.zeros(count, count, dtype=torch.float64, device=init[names[0]].device)
+    lower = torch.tril_indices(count, count)
+    for name in names:
+        flat = (weights[name].flatten().split(PIECE) for weights in (init, *policies))
+        for start, *ends in zip(*flat):
+            deltas = [end - start for end in ends]  # (n,) each
+            if len(start) < PIECE:
+                deltas = [delta.double() for delta in deltas]
+            gram[*lower] += torch.stack([torch.dot(deltas[i], deltas[j]) for i, j in zip(*lower.tolist())])
+    return gram + gram.tril(-1).T
+
+
+def combine(init, policies, coefficients):
+    """θ_init + Σ_m c_m δ_m = (1 − Σ_m c_m) θ_init + Σ_m c_m θ_m of one tensor, as a new one."""
+    result = init * (1.0 - sum(coefficients))
+    for c, policy in zip(coefficients, policies):
+        result.add_(policy, alpha=c)
+    return result
+
+
+def slerp_coefficients(gram):
+    """c_m of the merged task vector Σ_m c_m δ_m, M numbers, from the inner products (M, M) of the δ_m.
+
+    The vector that is merged so far is a combination of the δ_m, so the angle to the next one needs no more than G:
+    ‖acc‖² = cᵀ G c and ⟨acc, δ_m⟩ = (G c)_m.
+    """
+    gram, count = gram.tolist(), len(gram)
+    c = [1.0] + [0.0] * (count - 1)
+    for m in range(1, count):
+        products = [math.fsum(gram[i][j] * c[j] for j in range(count)) for i in range(count)]  # G c
+        square = math.fsum(c[i] * products[i] for i in range(count))
+        keep, take = _arc_weights(_angle_of(square, gram[m][m], products[m]), 1.0 / (m + 1))
+        c = [keep * c[i] for i in range(m)] + [take] + [0.0] * (count - m - 1)
+    return c
+
+
+def _angle_of(square_a, square_b, product):
+    """∠(a, b) from ‖a‖², ‖b‖² and ⟨a, b⟩; 0 where a norm is."""
+    if square_a <= 0.0 or square_b <= 0.0:
+        return 0.0
+    return math.atan2(math.sqrt(max(0.0, square_a * square_b - product**2)), product)
 
 
 def merge(init, policies, by="block"):
@@ -96,11 +147,8 @@ def merge(init, policies, by="block"):
         raise ValueError("merge needs at least one policy")
     merged = {}
     for names in group_names(init, by).values():
-        acc, *deltas = (task_vector(policy, init, names) for policy in policies)  # (n,) each
-        for m, delta in enumerate(deltas, start=2):
-            acc = slerp(acc, delta, 1.0 / m)
-        pieces = acc.split([init[name].numel() for name in names])
-        merged |= {name: init[name] + piece.view_as(init[name]) for name, piece in zip(names, pieces)}
+        coefficients = slerp_coefficients(inner_products(init, policies, names))
+        merged |= {name: combine(init[name], [policy[name] for policy in policies], coefficients) for name in names}
     return {name: merged[name] for name in init}
 
 
@@ -112,10 +160,10 @@ def task_vector_geometry(init, policies, by="block"):
     """
     angles, ratios = [], []
     for names in group_names(init, by).values() if len(policies) > 1 else ():
-        omega, norm_1, norm_2 = angle(*(task_vector(policy, init, names) for policy in policies[:2]))
-        if norm_1 and norm_2:
-            angles.append(math.degrees(omega))
-            ratios.append(norm_1 / norm_2)
+        (square_1, product), (_, square_2) = inner_products(init, policies[:2], names).tolist()
+        if square_1 and square_2:
+            angles.append(math.degrees(_angle_of(square_1, square_2, product)))
+            ratios.append(math.sqrt(square_1 / square_2))
     return {"angle_degrees": _spread(angles), "norm_ratio": _spread(ratios)}
 
 

@@ -81,7 +81,8 @@ class Fixed:
         self.logits = logits
 
     def __call__(self, input_ids, logits_to_keep, **_):
-        shape = (len(input_ids), logits_to_keep, len(self.logits))
+        kept = logits_to_keep if isinstance(logits_to_keep, int) else len(logits_to_keep)
+        shape = (len(input_ids), kept, len(self.logits))
         return SimpleNamespace(logits=self.logits.expand(shape).clone(), past_key_values=None)
 
 
@@ -192,13 +193,13 @@ def test_half_precision_logits_are_scored_in_float32():
 
 def test_temperature_is_out_of_place():
     """T7: logits are divided by the temperature in a new tensor; the model's output stays as it was."""
-    kept = torch.arange(6.0).reshape(1, 2, 3)
+    kept = torch.arange(3.0).reshape(1, 1, 3)
     ones = torch.ones(1, 2, dtype=torch.bool)
     rollout = Rollout(torch.tensor([[0, 1]]), ones, ones[:, :1], ones[:, 0])
     for _ in range(2):
         got = completion_logits(lambda **_: SimpleNamespace(logits=kept), rollout, 0.5)
         assert got.tolist() == [[[0.0, 2.0, 4.0]]]  # the row of the last prompt token, over .5
-    assert torch.equal(kept, torch.arange(6.0).reshape(1, 2, 3))
+    assert torch.equal(kept, torch.arange(3.0).reshape(1, 1, 3))
 
 
 def test_scoring_twice_is_exact(model):

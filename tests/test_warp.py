@@ -8,7 +8,17 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from rlhf_min.models import get_weights, set_weights, trained_weights
-from rlhf_min.warp import angle, ema_update, group_names, interpolate, merge, slerp, task_vector, task_vector_geometry
+from rlhf_min.warp import (
+    PIECE,
+    angle,
+    ema_update,
+    group_names,
+    inner_products,
+    interpolate,
+    merge,
+    slerp,
+    task_vector_geometry,
+)
 
 
 def vector(*values):
@@ -101,14 +111,13 @@ def test_angle_near_zero_beats_arccos():
     assert angle(a, b)[0] == pytest.approx(1e-8, rel=1e-9)
 
 
-def test_task_vector_of_several_tensors():
+def test_inner_products_over_several_tensors():
     """T41: the tensors of a group make one long vector, whatever their shapes; the others have no part in it."""
     init = {"x": vector(1.0, 1.0), "y": torch.full((2, 1), 3.0, dtype=torch.float64), "z": vector(9.0)}
     a = init | {"x": vector(2.0, 1.0)}
     b = init | {"x": vector(2.0, 1.0), "y": torch.tensor([[4.0], [3.0]], dtype=torch.float64), "z": vector(0.0)}
-    # (1, 0, 0, 0) and (1, 0, 1, 0): 45°, norms 1 and √2
-    vectors = (task_vector(policy, init, ["x", "y"]) for policy in (a, b))
-    assert angle(*vectors) == pytest.approx((math.pi / 4, 1.0, math.sqrt(2)))
+    # (1, 0, 0, 0) and (1, 0, 1, 0): ‖δ_1‖² = 1, ⟨δ_1, δ_2⟩ = 1, ‖δ_2‖² = 2
+    assert inner_products(init, [a, b], ["x", "y"]).tolist() == [[1.0, 1.0], [1.0, 2.0]]
 
 
 def test_angle_of_float32_weights():
@@ -280,6 +289,19 @@ def test_angle_of_the_model_spans_blocks():
     thetas = [{"h.0.w": at(0), "h.1.w": vector(1.0)}, {"h.0.w": at(math.pi / 2), "h.1.w": vector(1.0)}]
     close(merge(init, thetas, "block")["h.1.w"], vector(1.0))
     close(merge(init, thetas, "model")["h.1.w"], vector(2 / math.sqrt(3)))
+
+
+@pytest.mark.parametrize("m", [2, 3, 5])
+def test_merge_is_the_fold_of_slerp(m):
+    """T45: the merge by inner products alone is acc ← slerp(acc, δ_m, 1/m), over pieces that do not come out even."""
+    init = {"a": torch.randn(PIECE + 5000, dtype=torch.float64), "h.0.w": torch.randn(3, 7, dtype=torch.float64)}
+    thetas = [{name: w + torch.randn_like(w) + 1 for name, w in init.items()} for _ in range(m)]
+    merged = merge(init, thetas)
+    for name, start in init.items():
+        acc = thetas[0][name] - start
+        for count, theta in enumerate(thetas[1:], start=2):
+            acc = slerp(acc, theta[name] - start, 1 / count)
+        close(merged[name], start + acc)
 
 
 def test_merge_of_idle_runs():

@@ -1,0 +1,124 @@
+"""The fast way to the next token's logits gives those of the plain one, whatever family, padding and adapters are."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config
+
+from rlhf_min.decoding import Decoder, positions
+from rlhf_min.lora import LoRALayer, add_lora, lora_disabled, lora_layers
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50, "intermediate_size": 64}
+CONFIGS = {
+    "gpt2": GPT2Config(vocab_size=50, n_positions=64, n_embd=32, n_layer=2, n_head=4),
+    "llama": LlamaConfig(**SHAPE, num_key_value_heads=2, max_position_embeddings=64),
+    "mistral": MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=None, max_position_embeddings=64),
+    "qwen2": Qwen2Config(**SHAPE, num_key_value_heads=2, max_position_embeddings=64),
+    "gpt_neox": GPTNeoXConfig(**SHAPE, max_position_embeddings=64),
+}
+TOKENS = torch.tensor([[0, 0, 7, 8, 9], [3, 4, 5, 6, 7], [0, 0, 0, 0, 11]])
+REAL = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
+NEXT = torch.tensor([[12, 13, 14], [15, 16, 17], [18, 19, 20]])
+
+
+def build(family):
+    torch.manual_seed(1)
+    config = copy.deepcopy(CONFIGS[family])
+    config.initializer_range = 0.3
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@torch.no_grad()
+def plain(model, tokens, real):
+    """The logits of the last token, from all of them in one pass without a cache."""
+    return model(input_ids=tokens, attention_mask=real, position_ids=positions(real), use_cache=False).logits[:, -1]
+
+
+@torch.no_grad()
+def decode(model, tokens=TOKENS, real=REAL, length=8):
+    """[logits after the prompts, and after each token of NEXT]"""
+    with Decoder(model, real, length) as decoder:
+        return [decoder(tokens), *(decoder(column[:, None]) for column in NEXT.T)], decoder
+
+
+def expected(model):
+    ones = torch.ones_like(NEXT, dtype=torch.bool)
+    return [plain(model, torch.cat([TOKENS, NEXT[:, :t]], 1), torch.cat([REAL, ones[:, :t]], 1)) for t in range(4)]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_logits_of_every_family(family):
+    """T1, T56: padded prompts and cached tokens give what one pass over all gives, in each family that is fast."""
+    model = build(family)
+    logits, decoder = decode(model)
+    assert decoder.fast
+    for got, want in zip(logits, expected(model)):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"sliding_window": 4}, {"_attn_implementation": "eager"}])
+def test_other_attention_is_called_as_it_is(changes):
+    """T56: a window of four tokens is no business of a mask that shows them all: transformers' own cache is taken."""
+    model = build("mistral")
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    logits, decoder = decode(model)
+    assert not decoder.fast
+    for got, want in zip(logits, expected(model)):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+def test_rows_that_leave():
+    """T56: when rows leave the batch, the others' logits are what they were."""
+    model, keep = build("llama"), torch.tensor([True, False, True])
+    whole, _ = decode(model)
+    with torch.no_grad(), Decoder(model, REAL, 8) as decoder:
+        decoder(TOKENS)
+        decoder(NEXT[:, :1])
+        assert decoder.keep(keep)
+        for t in (1, 2):
+            torch.testing.assert_close(decoder(NEXT[keep, t : t + 1]), whole[t + 1][keep], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_adapters_are_merged_while_it_samples(family):
+    """T50: the logits are those of W + ΔW, with adapters off those of W; afterwards the layers are where they were."""
+    model = add_lora(build(family), r=3, alpha=6.0)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    before = dict(model.named_modules())
+    for got, want in zip(decode(model)[0], expected(model)):
+        torch.testing.assert_close(got, want, atol=5e-5, rtol=1e-4)
+    with lora_disabled(model):
+        torch.testing.assert_close(decode(model)[0][-1], expected(model)[-1], atol=5e-5, rtol=1e-4)
+        off = expected(model)[-1]
+    assert not torch.allclose(expected(model)[-1], off, atol=1e-2)
+    assert dict(model.named_modules()) == before
+    assert isinstance(model.get_submodule(next(iter(lora_layers(model)))), LoRALayer)
+
+
+def test_the_model_comes_back_after_an_error():
+    """A run that is stopped in the middle of an answer leaves the model as it was."""
+    model = build("gpt2")
+    before = dict(model.named_modules())
+    with pytest.raises(RuntimeError), Decoder(model, REAL, 8):
+        raise RuntimeError
+    assert dict(model.named_modules()) == before
+
+
+def test_training_after_sampling():
+    """T12: the copies that sampling uses are gone: the gradient reaches the weights themselves."""
+    model = build("gpt2")
+    decode(model)
+    model(input_ids=TOKENS).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_bfloat16_of_autocast():
+    """T10: under autocast the products are in bfloat16, as training's are: the same logits up to its rounding."""
+    model = build("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = decode(model)[0], expected(model)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.float(), b.float(), atol=0.3, rtol=0.05)

@@ -2,6 +2,7 @@
 
     python train_reinforce.py                               # the embedded world: offline, half a minute on two cores
     python train_reinforce.py --reward-model runs/toy/ordinal_reward_model --sigma advantage --lora-r 8 --lr 3e-4
+    torchrun --nproc-per-node 2 train_reinforce.py          # two processes share each batch
 
 The mathematics is in rlhf_min/reinforce.py; `diff train_reinforce.py train_warp.py` shows what WARP adds. Other than in
 most libraries, an answer's tokens share one advantage, a batch makes one step, and nothing is clipped but the gradient.
@@ -20,6 +21,7 @@ class ReinforceOptions(PolicyOptions):
     """Train a policy with REINFORCE."""
 
     script: ClassVar[str] = "train_reinforce.py"
+    parallel: ClassVar[bool] = True
 
     steps: int = option(150, "T: optimizer steps", low=1)
     num_generations: int = option(1, "k: answers to the same prompt; --batch-size counts answers", low=1)
@@ -53,6 +55,7 @@ if __name__ == "__main__":
 import torch
 
 import train_rm
+from rlhf_min import parallel
 from rlhf_min.batches import Batches
 from rlhf_min.evaluation import format_table, judge_policy, print_samples, summarise
 from rlhf_min.inputs import load_inputs
@@ -67,6 +70,7 @@ from rlhf_min.reinforce import (
     policy_gradient_loss,
     shaped_reward,
     sigma_weight,
+    step_metrics,
 )
 from rlhf_min.rollout import decode_completions, sample, token_logprobs
 from rlhf_min.runlog import RunLog
@@ -74,10 +78,12 @@ from rlhf_min.runlog import RunLog
 
 def train_policy(policy, tokenizer, reward_model, prompts, sft, options, log):
     """T steps of REINFORCE, in place. `sft`: π_sft's weights, or None where it is the policy without its adapters."""
+    team = log.team = parallel.everyone()  # who share a batch
+    k = options.num_generations
+    team.check(options.batch_size, k)
     baseline = MovingAverageBaseline()
     optimizer = Optimizer(policy.parameters(), options.lr, policy.device, options.precision, options.warmup_steps,
-                          max_grad_norm=options.max_grad_norm)  # fmt: skip
-    k = options.num_generations
+                          max_grad_norm=options.max_grad_norm, team=team)  # fmt: skip
     sigma_coefficient = options.sigma_coefficient if options.sigma == "penalty" else 0.0
     weight = sigma_weight if options.sigma == "advantage" else torch.ones_like
     generator = torch.Generator().manual_seed(options.seed)
@@ -91,9 +97,9 @@ def train_policy(policy, tokenizer, reward_model, prompts, sft, options, log):
         batch = [prompt for prompt in next(stream) for _ in range(k)]
         with autocast(policy.device, options.precision):
             rollout = sample(policy, [prompt.tokens for prompt in batch], options.max_length, options.temperature, eos,
-                             tokenizer.pad_token_id, generator)  # fmt: skip
-        completions = decode_completions(tokenizer, rollout)
-        reward, sigma = reward_model([prompt.text for prompt in batch], completions, rollout.ended)  # (B,), (B,)
+                             tokenizer.pad_token_id, generator, team)  # fmt: skip
+        completions, texts = decode_completions(tokenizer, rollout), [prompt.text for prompt in team.share(batch)]
+        reward, sigma = reward_model(texts, completions, rollout.ended)  # (B,), (B,)
 
         # log π(y_t | x, y_<t) under the policy and π_sft, which is the policy with its adapters off; a region of its
         # own, because some versions of torch would reuse the weights that sample() cast, and those have no gradient
@@ -114,17 +120,11 @@ def train_policy(policy, tokenizer, reward_model, prompts, sft, options, log):
         optimizer.backward(policy_gradient_loss(logprobs, advantage, rollout.mask))
         grad_norm, moved = optimizer.step()
         if moved:  # False where float16 overflowed and the step was skipped
-            baseline.update(shaped)
+            baseline.update(team.gather(shaped))
 
-        log.step(**{
-            "step": step, "reward": reward.mean().item(), "reward_std": reward.std(correction=0).item(),
-            "sigma": sigma.mean().item(), "kl": kl.mean().item(),
-            "baseline": torch.as_tensor(b, dtype=torch.float64).mean().item(), "advantage": advantage.mean().item(),
-            "entropy": -logprobs.detach()[rollout.mask].mean().item(),  # per token; kl is per answer
-            "completions/mean_length": rollout.mask.sum(-1).float().mean().item(),
-            "completions/clipped_ratio": 1 - rollout.ended.float().mean().item(),
-            "grad_norm": grad_norm, "learning_rate": optimizer.lr,
-        }, show=["reward", "kl"])  # fmt: skip
+        metrics = step_metrics(team, rollout, logprobs, reward=reward, sigma=sigma, kl=kl, advantage=advantage,
+                               baseline=torch.zeros_like(shaped) + b)  # fmt: skip
+        log.step(step=step, **metrics, grad_norm=grad_norm, learning_rate=optimizer.lr, show=["reward", "kl"])
 
 
 @one_line_errors
@@ -132,8 +132,9 @@ def main(argv=None):
     options = parse_options(ReinforceOptions, argv)
     options.check()
     device = resolve_device(options)
+    parallel.join()
     log = RunLog(options)
-    train_rm.prepare_inputs(options.files(), [options.policy, options.reward_model])
+    parallel.one_a_machine(train_rm.prepare_inputs, options.files(), [options.policy, options.reward_model])
     policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
     options.check_sigma(judges["reward"].has_sigma)
     sft = None if options.lora_r else get_weights(policy)
@@ -142,6 +143,8 @@ def main(argv=None):
         evaluate = lambda: judge_policy(policy, tokenizer, eval_prompts, judges, options, policy, sft)
         before = log.once("before", evaluate)
         train_policy(policy, tokenizer, judges["reward"], prompts, sft, options, log)
+        if not log.first:
+            return
         after = evaluate()
 
         if options.lora_r:

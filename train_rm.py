@@ -26,6 +26,7 @@ class RewardModelOptions(LoRAOptions):
     """Train a reward model on preference pairs."""
 
     script: ClassVar[str] = "train_rm.py"
+    parallel: ClassVar[bool] = True
 
     data: str = option(toy.TRAIN_PAIRS, "pairs: prompt/chosen/rejected, or text/label, which are paired in order")
     eval_data: str = option("", "pairs to validate on; without, --eval-fraction of --data is held out")
@@ -104,7 +105,7 @@ if __name__ == "__main__":
 
 import torch
 
-from rlhf_min import pretrain
+from rlhf_min import parallel, pretrain
 from rlhf_min.batches import Batches, shuffle
 from rlhf_min.lora import add_chosen_lora, lora_layers, merge_lora, save_adapter
 from rlhf_min.losses import ordinal_loss, pairwise_loss
@@ -175,9 +176,11 @@ def evaluate_pairs(model, rows, tokenizer, options):
 
 def train(model, tokenizer, train_rows, eval_rows, options, log):
     """Minimise the loss; returns the validation of the weights that it leaves in the model."""
+    team = log.team = parallel.everyone()  # who share a batch
+    team.check(options.batch_size)
     steps = max(1, options.epochs * len(train_rows) // (options.batch_size * options.accumulation_steps))
     optimizer = Optimizer(model.parameters(), options.lr, model.device, options.precision, options.warmup_steps, steps,
-                          options.max_grad_norm, options.weight_decay)  # fmt: skip
+                          options.max_grad_norm, options.weight_decay, team)  # fmt: skip
     stream = Batches(train_rows, options.batch_size, torch.Generator().manual_seed(options.seed))
     kept = {}  # the weights that shall be saved, and their validation
     state = lambda: {"model": trained_weights(model), "optimizer": optimizer, "stream": stream,
@@ -186,7 +189,7 @@ def train(model, tokenizer, train_rows, eval_rows, options, log):
     for step in log.progress("reward model", steps, state):
         totals = Counter()
         for _ in range(options.accumulation_steps):
-            rows = next(stream)
+            rows = team.share(next(stream))
             with autocast(model.device, options.precision):
                 chosen, rejected = pair_logits(model, rows, tokenizer)  # (B, K), (B, K)
             loss, metrics = pair_loss(chosen, rejected, rows, options)
@@ -194,7 +197,8 @@ def train(model, tokenizer, train_rows, eval_rows, options, log):
             totals.update(metrics)
         grad_norm, _ = optimizer.step()
 
-        metrics = {name: value / options.accumulation_steps for name, value in totals.items()}
+        sums = team.gather(torch.tensor([list(totals.values())], dtype=torch.float64, device=model.device))
+        metrics = dict(zip(totals, (sums.mean(0) / options.accumulation_steps).tolist()))
         if step % options.eval_every == 0 or step == steps:
             validation = evaluate_pairs(model, eval_rows, tokenizer, options)
             metrics |= validation
@@ -260,8 +264,9 @@ def main(argv=None):
     options = parse_options(RewardModelOptions, argv)
     options.check()
     device = resolve_device(options)
+    parallel.join()
     log = RunLog(options)
-    prepare_inputs(options.files(), [options.base])
+    parallel.one_a_machine(prepare_inputs, options.files(), [options.base])
     model, tokenizer = load_base(options, device)
     max_length = min(options.max_length, context_length(model))
     train_rows, eval_rows, dropped = encode_rows(options, tokenizer, max_length)
@@ -269,9 +274,12 @@ def main(argv=None):
 
     with log.running(base=model, train_rows=train_rows, eval_rows=eval_rows):
         head = "ten ratings" if options.head == "ordinal" else "one reward"
-        print(f"base: {options.base}, with a head for {head}, new unless it had one")
-        print(f"pairs: {len(train_rows)} to train on, {len(eval_rows)} to validate on; dropped: {reasons(dropped)}")
+        if log.first:
+            print(f"base: {options.base}, with a head for {head}, new unless it had one")
+            print(f"pairs: {len(train_rows)} to train on, {len(eval_rows)} to validate on; dropped: {reasons(dropped)}")
         validation = train(model, tokenizer, train_rows, eval_rows, options, log)
+        if not log.first:
+            return
         accuracy = validation["eval_accuracy"]
         weak = accuracy <= threshold
         if not weak or options.accept_weak:

@@ -1,6 +1,7 @@
 """WARP (Ramé et al., 2406.16768): three weight averages around REINFORCE.
 
     python train_warp.py --lr 1e-4                          # the embedded world: offline, two minutes on two cores
+    torchrun --nproc-per-node 2 train_warp.py --lr 1e-4     # the two runs of an iteration side by side
 
 train_policy and train_warp are Algorithm 1; the mathematics is in rlhf_min/reinforce.py and rlhf_min/warp.py. The
 policy gradient is REINFORCE with a moving-average baseline (Back to Basics, 2402.14740), the M runs of an iteration
@@ -19,6 +20,7 @@ class WarpOptions(PolicyOptions):
     """Train a policy with WARP; the defaults are the WARP report's."""
 
     script: ClassVar[str] = "train_warp.py"
+    parallel: ClassVar[bool] = True
 
     iterations: int = option(2, "I: rounds of train, merge, interpolate", low=1)
     runs: int = option(2, "M: policies an iteration", low=1)
@@ -35,7 +37,7 @@ if __name__ == "__main__":
 import torch
 
 import train_rm
-from rlhf_min import warp
+from rlhf_min import parallel, warp
 from rlhf_min.batches import Batches
 from rlhf_min.evaluation import format_table, print_samples, sweep_front
 from rlhf_min.inputs import load_inputs
@@ -50,13 +52,14 @@ from rlhf_min.models import (
 )
 from rlhf_min.plots import plot_front, plot_metrics
 from rlhf_min.precision import Optimizer, autocast, resolve_device
-from rlhf_min.reinforce import MovingAverageBaseline, kl_estimate, policy_gradient_loss, shaped_reward
+from rlhf_min.reinforce import MovingAverageBaseline, kl_estimate, policy_gradient_loss, shaped_reward, step_metrics
 from rlhf_min.rollout import decode_completions, sample, token_logprobs
 from rlhf_min.runlog import RunLog
 
 
 def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, run):
     """The inner loop of Algorithm 1: T steps of REINFORCE from θ_init against the EMA of the run's own weights."""
+    team = log.team  # who share a batch
     seed = options.seed * 1_000_003 + iteration * 1_009 + run  # another order and other samples for every run
     generator = torch.Generator().manual_seed(seed)
     set_weights(policy, init)  # θ^m ← θ_init
@@ -64,7 +67,7 @@ def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, l
     anchor = get_weights(policy)  # θ^m_ema ← θ_init; with adapters, the average of A and B
     baseline = MovingAverageBaseline()
     optimizer = Optimizer(policy.parameters(), options.lr, policy.device, options.precision, options.warmup_steps,
-                          max_grad_norm=options.max_grad_norm)  # fmt: skip
+                          max_grad_norm=options.max_grad_norm, team=team)  # fmt: skip
     stream = Batches(prompts, options.batch_size, generator)
     eos = eos_token_ids(policy, tokenizer)
     title = f"iteration {iteration}/{options.iterations} run {run}/{options.runs}"
@@ -76,9 +79,9 @@ def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, l
         batch = next(stream)
         with autocast(policy.device, options.precision):
             rollout = sample(policy, [prompt.tokens for prompt in batch], options.max_length, options.temperature, eos,
-                             tokenizer.pad_token_id, generator)  # fmt: skip
-        completions = decode_completions(tokenizer, rollout)
-        reward, sigma = reward_model([prompt.text for prompt in batch], completions, rollout.ended)  # (B,), (B,)
+                             tokenizer.pad_token_id, generator, team)  # fmt: skip
+        completions, texts = decode_completions(tokenizer, rollout), [prompt.text for prompt in team.share(batch)]
+        reward, sigma = reward_model(texts, completions, rollout.ended)  # (B,), (B,)
 
         # log π(y_t | x, y_<t) under the policy, its anchor and, only to be watched, SFT; a region of its own, because
         # some versions of torch would reuse the weights that sample() cast, and those have no gradient
@@ -99,33 +102,45 @@ def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, l
         optimizer.backward(policy_gradient_loss(logprobs, advantage, rollout.mask))
         grad_norm, moved = optimizer.step()
         if moved:  # False where float16 overflowed and the step was skipped
-            baseline.update(shaped)
+            baseline.update(team.gather(shaped))
             anchor = warp.ema_update(anchor, trained_weights(policy), options.mu)
 
         kl = kl_estimate(logprobs.detach(), sft_logprobs, rollout.mask)  # (B,), noisy; the tables have prefix_kl
-        log.step(**{
-            "iteration": iteration, "run": run,
-            "step": step, "reward": reward.mean().item(), "reward_std": reward.std(correction=0).item(),
-            "sigma": sigma.mean().item(), "kl": kl.mean().item(), "anchor_kl": anchor_kl.mean().item(),
-            "baseline": b, "advantage": advantage.mean().item(),
-            "entropy": -logprobs.detach()[rollout.mask].mean().item(),  # per token; kl is per answer
-            "completions/mean_length": rollout.mask.sum(-1).float().mean().item(),
-            "completions/clipped_ratio": 1 - rollout.ended.float().mean().item(),
-            "grad_norm": grad_norm, "learning_rate": optimizer.lr,
-        }, show=["reward", "kl"])  # fmt: skip
+        metrics = step_metrics(team, rollout, logprobs, reward=reward, sigma=sigma, kl=kl, anchor_kl=anchor_kl,
+                               advantage=advantage)  # fmt: skip
+        log.step(iteration=iteration, run=run, step=step, **metrics, baseline=b, grad_norm=grad_norm,
+                 learning_rate=optimizer.lr, show=["reward", "kl"])  # fmt: skip
     return dense_weights(policy)
+
+
+def train_runs(policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, first, team, count):
+    """The weights of the runs `first` to `first` + `count` − 1, one run for each team of processes, side by side.
+
+    `team` is the number of this process's; where fewer runs are left than teams, it has none and waits.
+    """
+    run, policies = first + team, []
+    if run <= options.runs:
+        weights = train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, run)
+    else:
+        for _ in log.progress("waits", options.steps, dict):
+            pass
+    for other in range(first, min(first + count, options.runs + 1)):
+        policies.append(weights if other == run else {name: torch.empty_like(tensor) for name, tensor in init.items()})
+        parallel.send_weights(policies[-1], source=other - first)  # the first process of the team that trained it
+    return policies
 
 
 def train_warp(policy, tokenizer, reward_model, prompts, options, log):
     """Algorithm 1. Returns (θ_sft, last θ_slerp, last θ_init, geometry of the task vectors by iteration)."""
     sft = init = dense_weights(policy)  # θ_init ← θ_sft
+    log.team, team, count = parallel.teams(options.runs)  # one process: one team, and run after run
+    log.team.check(options.batch_size)
     geometry = []
     for iteration in range(1, options.iterations + 1):
-        policies = [
-            log.once(f"iteration-{iteration}-run-{run}", train_policy,
-                     policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, run)
-            for run in range(1, options.runs + 1)
-        ]  # fmt: skip
+        policies = []
+        for first in range(1, options.runs + 1, count):
+            policies += log.once(f"iteration-{iteration}-run-{first}", train_runs, policy, tokenizer, reward_model,
+                                 prompts, init, sft, options, log, iteration, first, team, count)  # fmt: skip
         merged = warp.merge(init, policies, options.merge_by)  # θ_slerp ← slerp(θ_init, {θ^m}, λ = 1/M)
         geometry.append(warp.task_vector_geometry(init, policies, options.merge_by))
         init = warp.interpolate(init, merged, options.eta)  # θ_init ← (1−η) θ_init + η θ_slerp
@@ -163,12 +178,15 @@ def main(argv=None):
     options = parse_options(WarpOptions, argv)
     options.check()
     device = resolve_device(options)
+    parallel.join()
     log = RunLog(options)
-    train_rm.prepare_inputs(options.files(), [options.policy, options.reward_model])
+    parallel.one_a_machine(train_rm.prepare_inputs, options.files(), [options.policy, options.reward_model])
     policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
 
     with log.running(policy=policy, judges=judges, prompts=prompts, eval_prompts=eval_prompts):
         sft, merged, init, geometry = train_warp(policy, tokenizer, judges["reward"], prompts, options, log)
+        if not log.first:
+            return
 
         save_policies(policy, tokenizer, sft, {"model": init, "merged": merged}, options, log.folder)
         front, columns = sweep_front(policy, tokenizer, eval_prompts, judges, options, sft, merged)

@@ -5,6 +5,7 @@ objects with torch's state_dict and load_state_dict (optimizer, order of the dat
 """
 
 import hashlib
+import io
 import random
 import warnings
 
@@ -37,6 +38,20 @@ def load_checkpoint(path, device="cpu"):
         why = first_line(error)
     raise UserError(f"{path} is not a whole checkpoint of this program ({why}); remove the folder {path.parent} to "
                     "begin the run anew")  # fmt: skip
+
+
+def pack(values):
+    """{name: value} as a tensor of bytes, for another process."""
+    buffer = io.BytesIO()
+    torch.save(values, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def unpack(values, device="cpu"):
+    """What pack was given, its tensors on `device`; anything else as it is."""
+    if isinstance(values, dict):
+        return values
+    return torch.load(io.BytesIO(values.numpy().tobytes()), map_location=device, weights_only=True)
 
 
 def snapshot(state):

@@ -2,8 +2,11 @@
 
 import errno
 import functools
+import os
+import re
 import sys
 
+LOST = r"Connection (closed|reset) by (remote )?peer|gloo/transport"  # how gloo says that a process has gone
 ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -31,6 +34,8 @@ def explain(error):
         error = error.__context__
     if isinstance(error, UserError):
         return error
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError") or re.search(LOST, str(error)):
+        return UserError("another process of this job has stopped, see its message")
     if isinstance(error, KeyboardInterrupt):
         return Stopped("stopped")
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in text:
@@ -55,6 +60,8 @@ def one_line_errors(main):
             if known is None:
                 raise
             line = " ".join(str(known).split())
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                line = f"process {os.environ['RANK']}: {line}"
             if len(line) > 600:  # it quotes somebody's label of 5,000 characters
                 line = f"{line[:300]} ... {line[-250:]}"
             print(line if isinstance(known, Stopped) else f"error: {line}", file=sys.stderr)

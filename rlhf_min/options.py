@@ -39,6 +39,7 @@ class RunOptions:
     """What every script has."""
 
     script: ClassVar[str] = ""  # what comes behind `python` on the command line
+    parallel: ClassVar[bool] = False  # whether torchrun may start several processes of it
 
     out: str = option("", "folder of the run (default: the next runs/<script>-N)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -65,6 +66,8 @@ class RunOptions:
 
     def check(self):
         """UserError for flags that do not go together and for names of what is not there or not what it should be."""
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not self.parallel:
+            raise UserError(f"{self.script} runs in one process; start it without torchrun")
         self.folder()
         check_names(files=self.files())
 

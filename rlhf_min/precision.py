@@ -1,10 +1,12 @@
 """Devices, mixed precision and the optimizer step: the one room that knows about autocast and GradScaler."""
 
 import math
+import os
 
 import torch
 
 from .errors import UserError
+from .parallel import ALONE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -13,6 +15,8 @@ def pick_device(name):
     """`auto` is the GPU where there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a process, a GPU
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -53,7 +57,8 @@ class Optimizer:
     """
 
     def __init__(self, parameters, lr, device, precision, warmup_steps=0, decay_steps=None, max_grad_norm=1.0,
-                 weight_decay=0.0):  # fmt: skip
+                 weight_decay=0.0, team=ALONE):  # fmt: skip
+        self.team = team
         self.parameters = [p for p in parameters if p.requires_grad]
         self.adam = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -83,7 +88,11 @@ class Optimizer:
         self.scaler.scale(loss).backward()
 
     def step(self):
-        """Unscale, clip, update, clear. Returns (gradient norm before clipping, whether the weights moved)."""
+        """Average over the team, unscale, clip, update, clear.
+
+        Returns (gradient norm before clipping, whether the weights moved).
+        """
+        self.team.mean_gradients(self.parameters)
         self.scaler.unscale_(self.adam)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
         moved = math.isfinite(grad_norm)

@@ -97,6 +97,19 @@ def prefix_kl(logits, ref_logits, mask):
     return (logp.exp() * (logp - ref_logp)).sum(-1).masked_fill(~mask, 0.0).sum(-1)
 
 
+def step_metrics(team, rollout, logprobs, **columns):
+    """What a metrics line says of a step: the means over all B answers of a team of `columns`, (B / size,) each, and
+    how long the answers are, how many have no end, and the entropy per token (`kl` is per answer)."""
+    lengths = rollout.mask.sum(-1)
+    surprise = -logprobs.detach().masked_fill(~rollout.mask, 0.0).sum(-1)
+    columns |= {"length": lengths, "clipped": ~rollout.ended, "surprise": surprise}
+    columns = {name: team.gather(column.double()) for name, column in columns.items()}  # (B,)
+    means = {name: column.mean().item() for name, column in columns.items()}
+    means["completions/mean_length"], means["completions/clipped_ratio"] = means.pop("length"), means.pop("clipped")
+    means["entropy"] = means.pop("surprise") / means["completions/mean_length"]
+    return means | {"reward_std": columns["reward"].std(correction=0).item()}
+
+
 def policy_gradient_loss(logprobs, advantage, mask):
     """L = −mean_B [ A Σ_t mask_t log π(y_t | x, y_<t) ], whose *gradient* is the estimate of −∇J (eqs. 2, 3).
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .batches import pad
 from .decoding import Decoder, positions
 from .errors import UserError
+from .parallel import ALONE
 
 
 class Rollout(NamedTuple):
@@ -44,21 +45,23 @@ def _is_eos(tokens, eos_token_id):
 
 
 @torch.no_grad()
-def sample(model, prompts, max_length, temperature, eos_token_id, pad_token_id, generator):
+def sample(model, prompts, max_length, temperature, eos_token_id, pad_token_id, generator, team=ALONE):
     """One answer to each prompt from π(· | x) = softmax(logits / temperature): no top-k, no top-p, no penalty.
 
     A token is the inverse of the cumulated distribution at one uniform number. The numbers are drawn beforehand on the
     CPU, a row per prompt, so that two policies can be compared on the same ones.
 
-    prompts: B lists of token ids. T = max_length − P with P the longest prompt: a short prompt beside a long one gets a
-    shorter answer. Returns a Rollout. Raises UserError for logits that are not finite.
+    prompts: B lists of token ids, of which a team of processes answers each its share. T = max_length − P with P the
+    longest prompt: a short prompt beside a long one gets a shorter answer. Returns a Rollout. Raises UserError for
+    logits that are not finite.
     """
     tokens, attention_mask = pad(prompts, pad_token_id, model.device, side="left")  # (B, P)
     length = max_length - tokens.shape[1]  # T
     uniform = torch.rand(len(prompts), max_length, generator=generator, dtype=torch.float64).to(model.device)
-    rows = torch.arange(len(prompts), device=model.device)  # (b,) whose answers go on, and a few that have ended
+    tokens, attention_mask, uniform = team.share(tokens), team.share(attention_mask), team.share(uniform)
+    rows = torch.arange(len(tokens), device=model.device)  # (b,) whose answers go on, and a few that have ended
     going = torch.ones_like(rows, dtype=torch.bool)  # (b,)
-    completions = tokens.new_full((len(prompts), length), pad_token_id)
+    completions = tokens.new_full((len(tokens), length), pad_token_id)
     with Decoder(model, attention_mask, max_length) as decoder:
         inputs = tokens
         for t in range(length):

@@ -20,7 +20,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from .checkpoint import RandomState, fingerprint, load_checkpoint, restore, save_checkpoint, snapshot
+from . import parallel
+from .checkpoint import RandomState, fingerprint, load_checkpoint, pack, restore, save_checkpoint, snapshot, unpack
 from .errors import Stopped, UserError, explain
 from .files import read_json, write_json
 
@@ -37,10 +38,14 @@ def git_commit():
 class RunLog:
     """The folder of a run and what is written to it: nothing before `running`, when all input has been read.
 
-    `<folder>/checkpoint/` holds what --resume continues from; it is gone when the run has finished.
+    `<folder>/checkpoint/` holds what --resume continues from; it is gone when the run has finished. Of several
+    processes all call it alike, and the first one writes; what the others have to say reaches it with a checkpoint.
     """
 
     def __init__(self, options):
+        self.first = parallel.rank() == 0
+        self.team = parallel.ALONE  # the processes that share this one's steps, whose first one logs them
+        self._pending = []  # lines that have not reached the first process
         self.options, self.save_every = options, options.save_every if hasattr(options, "save_every") else 0
         self._start = self._last_step = time.perf_counter()
         self._saved = None  # the state of the loop that was interrupted, until a loop begins
@@ -55,10 +60,13 @@ class RunLog:
         """
         how_to_go_on = ""
         try:
-            self._begin({name: fingerprint(value) for name, value in inputs.items()})
-            if self.save_every:
-                folder = shlex.quote(str(self.folder))
-                how_to_go_on = f"; to go on as it is: python {self.options.script} --out {folder} --resume"
+            parts = self._begin({name: fingerprint(value) for name, value in inputs.items()}) if self.first else None
+            if parts := parallel.from_first(parts):
+                self._saved = unpack(parts[parallel.rank()])
+            if self.save_every and self.first:
+                folder, count = shlex.quote(str(self.folder)), parallel.world_size()
+                python = "python" if count == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+                how_to_go_on = f"; to go on as it is: {python} {self.options.script} --out {folder} --resume"
             with self._signals():
                 yield
         except (Exception, KeyboardInterrupt) as error:
@@ -75,6 +83,7 @@ class RunLog:
                 os.close(self._lock)
 
     def _begin(self, inputs):
+        """Make the folder or go on in it; returns what each process's loop goes on with, None for a new run."""
         self.folder = self.options.folder()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock_folder()
@@ -82,7 +91,7 @@ class RunLog:
         versions = {"python": platform.python_version()}
         versions |= {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
         machine = {"commit": git_commit(), "versions": versions, "threads": torch.get_num_threads(),
-                   "device": self.options.device}  # fmt: skip
+                   "device": self.options.device, "processes": parallel.world_size()}  # fmt: skip
         run = {
             "script": self.options.script,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -90,16 +99,17 @@ class RunLog:
             "inputs": inputs,
             **machine,
         }
-        path, offset = self.folder / "run.json", 0
+        path, offset, parts = self.folder / "run.json", 0, None
         if path.exists():
             run = read_json(path)
             self._compare(run, inputs, machine)
-            offset = self._load_state()
+            offset, parts = self._load_state()
         write_json(path, run)
         self._lines = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
         if self._lines.tell() < offset:
             raise UserError(f"{self.folder}/metrics.jsonl has lost lines that the checkpoint knows; begin a new run")
         self._lines.truncate(offset)  # what follows is done again
+        return parts
 
     def _lock_folder(self):
         """UserError where another process writes this run. The lock dies with its process."""
@@ -130,25 +140,31 @@ class RunLog:
                   "differ in their last digits", file=sys.stderr)  # fmt: skip
 
     def _load_state(self):
-        """The size of metrics.jsonl at the last checkpoint, whose state the next loop takes."""
+        """(size of metrics.jsonl at the last checkpoint, each process's state, which its next loop takes)"""
         path = self._checkpoints / "state.pt"
         if not path.exists():
-            return 0
-        self._saved = load_checkpoint(path)
-        missing = [name for name in self._saved["finished"] if not (self._checkpoints / name).exists()]
+            return 0, None
+        saved = load_checkpoint(path)
+        missing = [name for name in saved["finished"] if not (self._checkpoints / name).exists()]
         if missing:
             raise UserError(f"{self._checkpoints}/{missing[0]} is missing; remove the folder {self._checkpoints} to "
                             "begin the run anew")  # fmt: skip
-        self._start -= self._saved["seconds"]
-        print(f"resumed: {self._saved['title']}, after step {self._saved['step']}")
-        return self._saved["metrics_bytes"]
+        if len(saved["parts"]) != parallel.world_size():
+            raise UserError(f"--resume: the run in {self.folder} is one of {len(saved['parts'])} processes, not "
+                            f"{parallel.world_size()}; start as many")  # fmt: skip
+        self._start -= saved["seconds"]
+        print(f"resumed: {saved['title']}, after step {saved['step']}")
+        return saved["metrics_bytes"], saved["parts"]
 
     @contextlib.contextmanager
     def _signals(self):
-        """Ctrl-C or SIGTERM in a step lets the step finish and be saved; a second one stops at once."""
+        """Ctrl-C or SIGTERM in a step lets the step finish and be saved; a second one stops at once.
+
+        Of several processes each would finish another step, so they stop at once.
+        """
 
         def stop(number, frame):
-            if not self._in_step or self._stop:
+            if not self._in_step or self._stop or parallel.world_size() > 1:
                 raise KeyboardInterrupt
             self._stop = True
             os.write(2, b"\nfinishing this step, to save it; once more stops at once\n")  # print is not reentrant
@@ -168,42 +184,59 @@ class RunLog:
     def progress(self, title, steps, state=None):
         """Yield 1, ..., `steps` under a progress bar on stderr, with checkpoints of `state()`; see checkpoint.py.
 
-        A resumed run puts the saved state back into `state()` and goes on with the step behind it.
+        A resumed run puts the saved state back into `state()` and goes on with the step behind it. Several processes
+        must count to the same `steps`.
         """
         done, saved, self._saved = 0, self._saved, None
         if state and saved and saved["title"] == title:
             done = saved["step"]
             restore(state() | {"random": RandomState()}, saved["state"])
         self._last_step = time.perf_counter()
-        self._bar = tqdm(desc=title, initial=done, total=steps, mininterval=0.5, dynamic_ncols=True)
+        self._bar = tqdm(desc=title, initial=done, total=steps, mininterval=0.5, dynamic_ncols=True,
+                         disable=None if self.first else True)  # fmt: skip
         for step in range(done + 1, steps + 1):
             self._in_step = True
             yield step
             self._bar.update()
             if state and self.save_every and (self._stop or step == steps or step % self.save_every == 0):
                 self._save(title, step, state())
+            elif step == steps:
+                self._collect()
             self._in_step = False
             if self._stop:
                 raise Stopped(f"stopped after step {step} of {steps}, {title}")
         self._bar.close()
 
     def _save(self, title, step, state):
-        os.fsync(self._lines.fileno())
-        save_checkpoint(
-            self._checkpoints / "state.pt", title=title, step=step, metrics_bytes=self._lines.tell(),
-            finished=[path.name for path in self._checkpoints.glob("*.pt")], seconds=time.perf_counter() - self._start,
-            state=snapshot(state | {"random": RandomState()}),
-        )  # fmt: skip
+        self._collect()
+        part = {"title": title, "step": step, "state": snapshot(state | {"random": RandomState()})}
+        parts = parallel.to_first(pack(part)) if parallel.world_size() > 1 else [part]
+        if self.first:
+            os.fsync(self._lines.fileno())
+            save_checkpoint(
+                self._checkpoints / "state.pt", title=title, step=step, metrics_bytes=self._lines.tell(), parts=parts,
+                finished=[path.name for path in self._checkpoints.glob("*.pt")],
+                seconds=time.perf_counter() - self._start,
+            )  # fmt: skip
+
+    def _collect(self):
+        """Write the lines of all processes."""
+        lines, self._pending = parallel.to_first(self._pending), []
+        if self.first:
+            self._lines.writelines(line for part in lines for line in part)
+            self._lines.flush()
 
     def once(self, name, make, *args):
         """make(*args), or what it returned before the run was interrupted: tensors, numbers, texts, in dicts, lists."""
-        path = self._checkpoints / f"{name}.pt"
-        if path.exists():
-            saved = load_checkpoint(path, self.options.device)
+        path = self._checkpoints / f"{name}.pt" if self.first else None
+        if parallel.from_first(self.first and path.exists()):
+            saved = load_checkpoint(path, self.options.device) if self.first else None
+            if parallel.world_size() > 1:
+                saved = unpack(parallel.from_first(pack(saved) if self.first else None), self.options.device)
             RandomState().load_state_dict(saved["random"])
             return saved["value"]
         value = make(*args)
-        if self.save_every:
+        if self.save_every and self.first:
             save_checkpoint(path, value=value, random=snapshot(RandomState()))
         return value
 
@@ -211,8 +244,10 @@ class RunLog:
         """Write a line of metrics.jsonl; names in `show` go behind the progress bar, too."""
         now = time.perf_counter()
         metrics["step_seconds"], self._last_step = round(now - self._last_step, 4), now
-        self._lines.write(json.dumps(_finite(metrics)).encode() + b"\n")
-        self._lines.flush()
+        if self.team.index == 0:
+            self._pending.append(json.dumps(_finite(metrics)).encode() + b"\n")
+        if parallel.world_size() == 1:
+            self._collect()
         if self._bar is not None:
             self._bar.set_postfix({name: f"{metrics[name]:.3f}" for name in show}, refresh=False)
 

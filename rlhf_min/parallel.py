@@ -1,0 +1,122 @@
+"""More than one process, each with a device of its own, as torchrun starts them; torch.distributed is the engine.
+
+    torchrun --nproc-per-node 8 train_warp.py ...
+
+The processes of a *team* share the batches of one run: each takes its part of the rows, and all make the same step,
+with the mean of their gradients. REINFORCE and reward models train in one team of all; WARP deals its processes to the
+M runs. Without torchrun there is one process, and nothing here does anything.
+"""
+
+import contextlib
+import os
+
+import torch
+from torch import distributed as dist
+
+from .errors import UserError
+
+
+def world_size():
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """The number of this one; number 0 writes, prints and draws."""
+    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+
+
+def join():
+    """Meet the other processes."""
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def one_a_machine(function, *args):
+    """function(*args) in one process of each machine, which is alone meanwhile, before the others go on."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.ExitStack() as stack:
+            before = os.environ.get("WORLD_SIZE", "1")
+            stack.callback(os.environ.__setitem__, "WORLD_SIZE", before)
+            os.environ["WORLD_SIZE"] = "1"
+            function(*args)
+    if world_size() > 1:
+        dist.barrier()
+
+
+def from_first(value):
+    """Process 0's value, anything that can be pickled, in all processes."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def to_first(value):
+    """[the value of each process] in process 0, None in the others."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def send_weights(weights, source):
+    """Let all processes have {name: tensor} of process `source`, in place."""
+    if world_size() > 1:
+        for tensor in weights.values():
+            dist.broadcast(tensor, source)
+
+
+class Team:
+    """The processes `ranks`, which share the batches of a run. Every process must make every team, in one order."""
+
+    def __init__(self, ranks=(0,)):
+        self.ranks, self.size = list(ranks), len(ranks)
+        self.group = dist.new_group(self.ranks) if self.size > 1 else None
+        self.index = self.ranks.index(rank()) if rank() in self.ranks else 0
+
+    def check(self, batch_size, k=1):
+        """UserError where a batch of answers, k to a prompt, cannot be shared."""
+        if batch_size % (self.size * k):
+            each = f" times {k} answers to a prompt" if k > 1 else ""
+            raise UserError(f"--batch-size {batch_size} must be a multiple of the {self.size} processes that share "
+                            f"it{each}")  # fmt: skip
+
+    def share(self, rows):
+        """This process's part of B rows: a list or a tensor (B, ...) → B / size of them."""
+        count = len(rows) // self.size
+        return rows[self.index * count : (self.index + 1) * count]
+
+    def gather(self, rows):
+        """All rows in their order: (B / size, ...) → (B, ...)."""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in self.ranks]
+        dist.all_gather(parts, rows.contiguous(), group=self.group)
+        return torch.cat(parts)
+
+    def mean_gradients(self, parameters):
+        """Put the mean of the team's gradients in place of each one's; sent as one tensor."""
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=self.group)
+        for gradient, mean in zip(gradients, (flat / self.size).split([g.numel() for g in gradients])):
+            gradient.copy_(mean.view_as(gradient))
+
+
+ALONE = Team()
+
+
+def everyone():
+    """The team of all processes."""
+    return Team(range(world_size()))
+
+
+def teams(runs):
+    """Processes dealt to at most `runs` teams, in turn: (this one's team, its number, how many teams there are)."""
+    count = min(runs, world_size())
+    made = [Team(range(first, world_size(), count)) for first in range(count)]
+    return made[rank() % count], rank() % count, count

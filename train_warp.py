@@ -185,11 +185,13 @@ def main(argv=None):
 
     with log.running(policy=policy, judges=judges, prompts=prompts, eval_prompts=eval_prompts):
         sft, merged, init, geometry = train_warp(policy, tokenizer, judges["reward"], prompts, options, log)
+        if log.first:
+            save_policies(policy, tokenizer, sft, {"model": init, "merged": merged}, options, log.folder)
+        merge_lora(policy)
+        front, columns = sweep_front(policy, tokenizer, eval_prompts, judges, options, sft, merged)
         if not log.first:
             return
 
-        save_policies(policy, tokenizer, sft, {"model": init, "merged": merged}, options, log.folder)
-        front, columns = sweep_front(policy, tokenizer, eval_prompts, judges, options, sft, merged)
         series = lambda row: f"iteration {row['iteration']} run {row['run']}"
         plot_metrics(log.metrics(), ["reward", "kl"], log.folder / "steps.png", series=series)
         plot_front({f"lr {options.lr:g}": front}, list(judges), log.folder / "front.png")

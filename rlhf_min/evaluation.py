@@ -9,6 +9,7 @@ import torch
 from .errors import UserError
 from .lora import lora_disabled
 from .models import eos_token_ids, get_weights, set_weights
+from .parallel import spread
 from .precision import autocast
 from .reinforce import prefix_kl
 from .reward_model import load_judge
@@ -83,16 +84,16 @@ def sweep_front(policy, tokenizer, prompts, judges, options, sft, merged, points
     """The KL–reward front of WARP: a row for each η in [0, 1] of θ = (1−η) θ_sft + η θ_slerp, and the answers.
 
     All rows share prompts and random numbers, so η = 0 is θ_sft itself, at a KL of exactly 0. The policy is a place to
-    put the weights in.
+    put the weights in. Several processes take the rows in turn.
     """
-    front, columns_by_eta = [], []
-    for k in range(points):
-        eta = k / (points - 1)
+
+    def point(eta):
         set_weights(policy, interpolate(sft, merged, eta))
         columns = judge_policy(policy, tokenizer, prompts, judges, options, policy, sft)
-        front.append({"eta": eta, **summarise(columns, judges)})
-        columns_by_eta.append(columns)
-    return front, columns_by_eta
+        return {"eta": eta, **summarise(columns, judges)}, columns
+
+    front, columns = zip(*spread(point, [k / (points - 1) for k in range(points)]))
+    return list(front), list(columns)
 
 
 def match_kl(policy, tokenizer, prompts, options, reference, target, halvings=10):

@@ -61,6 +61,16 @@ def to_first(value):
     return values
 
 
+def spread(function, items):
+    """[function(item) for each item], which the processes take in turn; the results reach all of them."""
+    mine = {i: function(item) for i, item in enumerate(items) if i % world_size() == rank()}
+    if world_size() == 1:
+        return list(mine.values())
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, mine)
+    return [result for _, result in sorted(pair for part in parts for pair in part.items())]
+
+
 def send_weights(weights, source):
     """Let all processes have {name: tensor} of process `source`, in place."""
     if world_size() > 1:

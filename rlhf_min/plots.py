@@ -58,3 +58,22 @@ def plot_front(fronts, judge_names, path):
         panel.grid(alpha=0.3)
     panels[0][0].legend(fontsize=8)
     _save(pyplot, figure, path)
+
+
+def plot_growth(rows, path):
+    """Seconds over each factor, in double logarithms, where a straight line of slope 1 is linear growth."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return
+    factors = list(dict.fromkeys(row["factor"] for row in rows))
+    figure, panels = pyplot.subplots(1, len(factors), figsize=(3.6 * len(factors), 3.4), squeeze=False)
+    for panel, factor in zip(panels[0], factors):
+        points = [(row["value"], row["seconds"]) for row in rows if row["factor"] == factor]
+        values, seconds = zip(*points)
+        panel.loglog(values, seconds, "o-", label="measured")
+        panel.loglog(values, [seconds[-1] * value / values[-1] for value in values], ":", label="linear")
+        panel.set_xlabel(factor)
+        panel.set_ylabel("seconds")
+        panel.grid(alpha=0.3, which="both")
+    panels[0][0].legend(fontsize=8)
+    _save(pyplot, figure, path)

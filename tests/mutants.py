@@ -70,6 +70,13 @@ MUTANTS = [
     ("batches", "columns >= width - lengths", "columns > width - lengths"),
     ("batches", "columns < lengths if side", "columns <= lengths if side"),
     ("rollout", 'side="left"', 'side="right"'),
+    ("parallel", "flat / self.size", "flat"),
+    ("parallel", "self.index * count : (self.index + 1) * count", "self.index : self.index + count"),
+    ("parallel", "batch_size % (self.size * k)", "batch_size % self.size"),
+    ("parallel", "rank() % count, count", "rank() // count, count"),
+    ("reinforce", "means.pop(\"surprise\") / means", "means.pop(\"surprise\") * means"),
+    ("reward_model", "device=model.device).argsort()]", "device=model.device)]"),
+    ("reward_model", "(longest - len(rows[i]))", "(len(rows[i]) - longest)"),
     ("decoding", "(attention_mask.cumsum(-1) - 1).clamp(min=0)", "attention_mask.cumsum(-1)"),
     ("decoding", "torch.where(self.real, 0.0, -torch.inf)", "torch.where(self.real, 0.0, 0.0)"),
     ("decoding", "-torch.inf).triu(1)", "-torch.inf).triu(2)"),
@@ -192,7 +199,7 @@ MUTANTS = [
     ("runlog", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
 ]  # fmt: skip
 TESTS = {"lora": ["lora"], "sources": ["lora"], "batches": ["data", "rollout", "resume"],
-         "decoding": ["decoding", "rollout"],
+         "decoding": ["decoding", "rollout"], "parallel": ["parallel"],
          "checkpoint": ["resume", "bad_input"], "files": ["resume"], "runlog": ["resume"]}  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Seconds and memory, side by side with what people would use instead: TRL, PEFT, transformers' generate, mergekit.
 
-    pip install -e '.[trl]' -e '.[peft]' mergekit
-    python benchmarks/speed.py --out runs/speed                       # every row
+    pip install -e '.[bench]'
+    python benchmarks/speed.py --out runs/speed                       # every row, fifteen minutes on two cores
     python benchmarks/speed.py --rows sample-4x128 merge --repeats 9
+    python benchmarks/speed.py --device cuda --precision bf16 --rows sample-smollm2 step-gpt2-64 lora-pass merge
 
 Both sides take turns, on the same model, batch and tokens, after two turns that are not counted; the ratio is the
 median over the turns of peer ÷ ours. Each side has a process of its own; its memory is the largest resident set less
@@ -192,7 +193,7 @@ class ReinforceStep:
         tokens, answers = self.batch_size * (PROMPT + self.answer), self.batch_size * self.answer
         passes = 1 + 1 + 1 + 3  # sampling, judge, reference, policy forward and backward
         flops = 2 * passes * tokens * (weights - head) + 2 * (passes - 1) * answers * head
-        return flops / machine.flops + (self.answer - 1) * 4 * weights / machine.bandwidth
+        return flops / machine.flops + (self.answer - 1) * machine.bytes * weights / machine.bandwidth
 
 
 class RewardStep:
@@ -314,9 +315,14 @@ class Sampling:
         turns.take(turn)
 
     def floor(self, machine):
-        weights = matrix_weights(self.model())
+        """Matrix products, or reading all weights and the cache so far for each token, whichever takes longer."""
+        model = self.model()
+        weights, config = matrix_weights(model), model.config
+        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        a_token = 2 * config.num_hidden_layers * heads * config.hidden_size // config.num_attention_heads
+        cached = sum(self.batch_size * a_token * (PROMPT + t) for t in range(self.answer))
         flops = 2 * self.batch_size * (PROMPT + self.answer) * weights / machine.flops
-        return max(flops, self.answer * 4 * weights / machine.bandwidth)
+        return max(flops, machine.bytes * (self.answer * weights + cached) / machine.bandwidth)
 
 
 class AdapterSampling(Sampling):
@@ -387,7 +393,9 @@ def measure_machine(options):
     reading = best(large.sum)
     weights = [torch.randn(2**20, device=options.device) for _ in range(3 * 118)]
     merge = best(lambda: [torch.add(x, y).add_(z) for x, y, z in zip(weights[:118], weights[118:236], weights[236:])])
-    return SimpleNamespace(flops=2 * 2048**3 / product, bandwidth=4 * 2**26 / reading, merge=merge)
+    return SimpleNamespace(
+        flops=2 * 2048**3 / product, bandwidth=4 * 2**26 / reading, merge=merge, bytes=b.element_size()
+    )
 
 
 ROWS = {

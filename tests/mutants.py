@@ -212,7 +212,7 @@ def passes(folder, test):
         output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", "not kill_9", f"tests/test_{test}.py"]))
+        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not processes", f"tests/test_{test}.py"]))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code not in (0, 1, -signal.SIGALRM):
         raise RuntimeError(f"pytest ended with {code}\n" + (folder / "output.txt").read_text(errors="replace"))

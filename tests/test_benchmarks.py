@@ -2,15 +2,18 @@
 
 import json
 import math
+import os
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2ForSequenceClassification
 
 import train_reinforce
-from benchmarks import baselines, levels, reward_models, small_smollm2
+from benchmarks import baselines, growth, levels, precisions, reward_models, small_smollm2, speed
 from benchmarks.baselines import BaselineOptions, measure_gradients, variance_table
 from benchmarks.levels import LevelOptions, arm_settings, over_seeds
 from benchmarks.reward_models import calibration_error, load_rated_pairs, measure, spearman
@@ -422,3 +425,85 @@ def test_a_mistake_is_one_line(in_world, capsys, tmp_path, module, flags, fragme
     (line,) = (line for line in capsys.readouterr().err.split("\n") if line.strip())
     assert stop.value.code == 2 and line.startswith("error: ") and fragment in line
     assert not (tmp_path / "out").exists()
+
+
+# speed.py, growth.py, precisions.py
+
+
+def test_weights_that_a_token_is_multiplied_with():
+    """By hand: a block of width d has 12 d² (q, k, v, output: 4; two of 4 d²: 8), the tied head V d; no embedding."""
+    shape = {"n_layer": 3, "n_embd": 8, "n_head": 2, "vocab_size": 50}
+    assert speed.matrix_weights(speed.gpt2(shape)) == 3 * 12 * 64 + 50 * 8
+    judge = speed.gpt2(shape, GPT2ForSequenceClassification, num_labels=1)
+    assert speed.matrix_weights(judge) == 3 * 12 * 64 + 8
+
+
+def test_floor_of_sampling_by_hand():
+    """Two tokens of a prompt of 10: 12 · B products of the weights, or weights and cache read twice."""
+    shape = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 50}
+    row, weights = speed.Sampling(lambda: speed.gpt2(shape), 4, answer=2), 12 * 64 + 400
+    fast = SimpleNamespace(flops=1.0, bandwidth=1e30, bytes=4)
+    assert row.floor(fast) == 2 * 4 * 12 * weights
+    slow = SimpleNamespace(flops=1e30, bandwidth=1.0, bytes=2)  # a token's keys and values are 2 · 8 numbers
+    assert row.floor(slow) == 2 * (2 * weights + 4 * 16 * (10 + 11))
+
+
+def test_a_worker_takes_turns(monkeypatch, capsys):
+    """It is ready, takes a turn for each line, says how long it took, and ends where the line is closed."""
+    answers, done = iter(["go\n", "go\n", ""]), []
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(readline=lambda: next(answers)))
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    with pytest.raises(SystemExit, match="0"):
+        speed.Turns(SimpleNamespace(device="cpu")).take(lambda: done.append(time.sleep(0.01)))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(done) == 2
+    assert [line["seconds"] is None for line in lines] == [True, False, False]
+    assert all(line["seconds"] >= 0.01 for line in lines[1:])
+
+
+def test_speed_of_a_row(monkeypatch, tmp_path, capsys):
+    """The ratio is the median of peer ÷ ours over the turns that count, the memory the largest that was told."""
+    seconds = {"ours": iter([9, 9, 1, 2, 4]), "theirs": iter([9, 9, 3, 4, 4])}
+
+    class Fake:
+        def __init__(self, name, side, options):
+            self.turn = lambda: {"seconds": float(next(seconds[side])), "mib": 7.4 if side == "ours" else 9.0}
+            self.close = lambda: None
+
+    row = SimpleNamespace(peer="somebody", build=lambda folder: None, floor=lambda machine: 0.5)
+    monkeypatch.setattr(speed, "Worker", Fake)
+    monkeypatch.setitem(speed.ROWS, "fake", row)
+    monkeypatch.setattr(speed, "measure_machine", lambda options: SimpleNamespace(flops=1e9, bandwidth=1e9))
+    speed.main(
+        ["--rows", "fake", "--repeats", "3", "--threads", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    )
+    (found,) = json.loads((tmp_path / "run/summary.json").read_text())["rows"]
+    assert found["peer ÷ ours"] == "2.000 (1.000 to 3.000)"
+    assert (found["ours, s"], found["ours ÷ floor"]) == ("2.000 (1.000 to 4.000)", 4.0)
+    assert (found["ours, MiB"], found["peer, MiB"]) == (7, 9)
+    with pytest.raises(SystemExit, match="2"):
+        speed.main(["--rows", "nothing", "--out", str(tmp_path / "other")])
+    assert "there is no such row" in capsys.readouterr().err
+
+
+def test_growth_from_end_to_end(monkeypatch, tmp_path):
+    """A row per factor and value; the exponent is that of the two lines."""
+    monkeypatch.setattr(growth, "FACTORS", {"batch": [2, 4], "M": [1, 2]})
+    monkeypatch.setattr(growth, "MIDDLE", {"batch": 2, "answer": 2, "width": 32})
+    flags = ["--repeats", "1", "--threads", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    growth.main(flags)
+    rows = json.loads((tmp_path / "run/summary.json").read_text())["rows"]
+    assert [(row["factor"], row["value"]) for row in rows] == [("batch", 2), ("batch", 4), ("M", 1), ("M", 2)]
+    assert rows[1]["power"] == pytest.approx(math.log2(rows[1]["seconds"] / rows[0]["seconds"]))
+    assert rows[2]["power"] is None
+
+
+def test_precisions_from_end_to_end(in_world, monkeypatch):
+    """A run for each precision, and their rewards beside each other."""
+    monkeypatch.setattr(precisions, "PRECISIONS", ("fp32", "bf16"))
+    flags = "--steps 2 --num-eval-prompts 4 --batch-size 4 --max-length 14 --device cpu --out runs/precisions"
+    precisions.main(flags.split())
+    rows = json.loads(Path("runs/precisions/summary.json").read_text())["rows"]
+    assert [row["precision"] for row in rows] == ["fp32", "bf16"]
+    assert all(math.isfinite(row["held-out reward"]) and row["skipped steps"] == 0 for row in rows)
+    assert json.loads(Path("runs/precisions/bf16/run.json").read_text())["options"]["precision"] == "bf16"

@@ -316,6 +316,7 @@ class Child:
         return self.returncode
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["rm", "reinforce", "warp"])
 def test_kill_9(in_world, left_alone, tmp_path, name):
     """SIGKILL at random moments and while a file is being written; tests/kills.py does it 20 times."""

@@ -13,6 +13,7 @@ import torch
 import rlhf_min.pretrain
 import train_reinforce
 import train_warp
+from rlhf_min import parallel
 from rlhf_min.errors import UserError
 from rlhf_min.parallel import ALONE, Team
 from tests.kills import results
@@ -81,6 +82,7 @@ def without(row, *names):
     return {name: value for name, value in row.items() if name not in names}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("runs", "flags"), [(2, "--lora-r 2"), (3, "")])
 def test_runs_of_warp_side_by_side(in_world, tmp_path, runs, flags):
     """Each run on one process: merged weights, front and metrics are those of one process, to the bit."""
@@ -94,6 +96,7 @@ def test_runs_of_warp_side_by_side(in_world, tmp_path, runs, flags):
     assert not (tmp_path / "two/checkpoint").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", ["train_reinforce", "train_rm", "train_warp"])
 def test_gradients_of_a_shared_batch(in_world, tmp_path, script):
     """Two processes with half a batch each take the steps of one with all of it: the same gradients to 1e-6."""
@@ -113,6 +116,7 @@ def test_gradients_of_a_shared_batch(in_world, tmp_path, script):
         assert without(a, *clock) == pytest.approx(without(b, *clock), abs=2e-3)
 
 
+@pytest.mark.processes
 def test_a_process_that_dies(in_world, tmp_path):
     """The others end with a sentence that names the command, and the job goes on to the end it would have had."""
     flags = f"{SAMPLING} --steps 5 --iterations 1"
@@ -126,6 +130,7 @@ def test_a_process_that_dies(in_world, tmp_path):
     assert results(tmp_path / "run") == results(tmp_path / "alone")
 
 
+@pytest.mark.processes
 def test_another_number_of_processes(in_world, tmp_path, capsys):
     """A checkpoint holds the state of each process, so as many must go on."""
     flags = f"{SAMPLING} --steps 5 --iterations 1"
@@ -135,6 +140,7 @@ def test_another_number_of_processes(in_world, tmp_path, capsys):
     assert "is one of 2 processes, not 1; start as many" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("script", "message"), [(rlhf_min.pretrain, "start it without torchrun"),
                                                  (train_reinforce, "must be a multiple of")])  # fmt: skip
 def test_what_cannot_be_shared(in_world, tmp_path, monkeypatch, capsys, script, message):
@@ -162,3 +168,32 @@ def test_shares_of_a_team(monkeypatch):
     with pytest.raises(UserError, match="multiple of the 3 processes that share it times 4 answers"):
         team.check(9, k=4)
     team.check(12, k=4)
+
+
+def test_processes_dealt_to_runs(monkeypatch):
+    """Five processes and two runs: 0, 2, 4 share the first, 1 and 3 the second; every process makes both groups."""
+    made = []
+    monkeypatch.setattr(parallel.dist, "new_group", lambda ranks: made.append(ranks))
+    for number, (run, index, size) in enumerate([(0, 0, 3), (1, 0, 2), (0, 1, 3), (1, 1, 2), (0, 2, 3)]):
+        monkeypatch.setenv("WORLD_SIZE", "5")
+        monkeypatch.setenv("RANK", str(number))
+        team, found, count = parallel.teams(2)
+        assert (found, count, team.index, team.size) == (run, 2, index, size)
+    assert made == [[0, 2, 4], [1, 3]] * 5
+
+
+def test_mean_of_gradients(monkeypatch):
+    """The sum over the team, divided by its size, in each parameter's place; what has no gradient is left out."""
+    weights = [
+        torch.nn.Parameter(torch.zeros(2, 3)),
+        torch.nn.Parameter(torch.zeros(1)),
+        torch.nn.Parameter(torch.zeros(2)),
+    ]
+    weights[0].grad, weights[2].grad = torch.arange(6.0).view(2, 3), torch.tensor([6.0, 8.0])
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda flat, group: flat.mul_(4))  # two others with 1 and 2 of it
+    team = Team()
+    team.size = 2
+    team.mean_gradients(weights)
+    assert weights[0].grad.tolist() == [[0, 2, 4], [6, 8, 10]]
+    assert weights[1].grad is None
+    assert weights[2].grad.tolist() == [12, 16]

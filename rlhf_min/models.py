@@ -26,6 +26,7 @@ from .sources import (
     head_size,
     is_adapter,
     is_classifier,
+    lacking,
 )
 
 logging.set_verbosity_error()  # e.g. the long report that a classifier's head is new, which train_rm says in one line
@@ -89,7 +90,7 @@ def _load_weights(auto_class, name, tokenizer, **config):
     if config or not is_classifier(model.config.to_dict()):  # the head may be new
         absent = {key for key in absent if not is_head(key)}
     if absent:  # transformers would draw them at random, with a warning
-        raise UserError(f"{name}: its weights lack {len(absent)} tensors, such as {min(absent)}, or have other shapes")
+        raise lacking(name, absent)
     for block in model.modules():  # GPT-2's activation in one kernel instead of eight: the same function
         if isinstance(getattr(block, "act", None), NewGELUActivation):
             block.act = nn.GELU(approximate="tanh")

@@ -6,6 +6,7 @@ No torch here: what is not there, or broken at first sight, is refused before to
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import threading
 import urllib.error
@@ -18,6 +19,8 @@ from safetensors import safe_open
 from .errors import UserError, first_line
 from .files import read_json
 
+EMBEDDINGS = {"gpt2": "wte.weight", "llama": "embed_tokens.weight", "distilbert": "word_embeddings.weight",
+              "bert": "word_embeddings.weight"}  # fmt: skip  # by family, of those whose blocks are alike
 _CONFIGS = ("config.json", "adapter_config.json")
 TAKEN = {
     "prompt",
@@ -134,13 +137,46 @@ def check_model(name):
     weights = list(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{name}: no .safetensors in it; pickled weights could run code and are not read: convert them")
+    shapes = {}
     for path in weights:
         try:
-            safe_open(path, framework="np").keys()
+            with safe_open(path, framework="np") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except Exception as error:  # SafetensorError, or what the file system raises
             raise UserError(f"{path} cannot be read: {first_line(error)}; is it a whole file?") from None
     if is_adapter(folder):
         read_adapter_header(folder)
+    else:
+        check_tensors(name, shapes, read_json(folder / "config.json"))
+
+
+def check_tensors(name, shapes, config):
+    """UserError where the blocks are not alike, or too few, or the embedding is not (vocabulary, width).
+
+    For {tensor's name: shape} and families of which that is known; transformers, which knows all tensors of all
+    families, takes seconds to say so. `lacking` words what both say.
+    """
+    size = lambda *keys: next((config[key] for key in keys if isinstance(config.get(key), int)), None)
+    embedding = EMBEDDINGS.get(str(config.get("model_type")))
+    layers, width = size("num_hidden_layers", "n_layer", "n_layers"), size("hidden_size", "n_embd", "dim")
+    if None in (embedding, layers, width, size("vocab_size")):
+        return
+    blocks = {}  # {number: {name with {} for the number: shape}}
+    for key, shape in shapes.items():
+        if found := re.fullmatch(r"(.*?\.)(\d+)(\..*)", key):
+            blocks.setdefault(int(found[2]), {})[found[1] + "{}" + found[3]] = shape
+    tensors = {tensor for block in blocks.values() for tensor in block.items()}
+    absent = {key.format(i) for i in range(min(layers, 10_000)) for key, shape in tensors
+              if blocks.get(i, {}).get(key) != shape}  # fmt: skip
+    found = [key for key in shapes if key.endswith(embedding)] or [embedding]
+    absent |= {key for key in found if shapes.get(key) != (size("vocab_size"), width)}
+    if absent:
+        raise lacking(name, absent)
+
+
+def lacking(name, absent):
+    """The UserError for tensors that are not there, or not as they should be."""
+    return UserError(f"{name}: its weights lack {len(absent)} tensors, such as {min(absent)}, or have other shapes")
 
 
 def read_adapter_header(folder):

@@ -37,6 +37,7 @@ from rlhf_min.lora import add_lora, save_adapter
 from rlhf_min.models import save_model
 from rlhf_min.options import parse_options, refuse_mistakes
 from rlhf_min.pretrain import train_tokenizer
+from rlhf_min.sources import check_tensors
 
 MAINS = {
     "warp": train_warp.main, "reinforce": train_reinforce.main, "rm": train_rm.main, "evaluate": evaluate.main,
@@ -1323,6 +1324,37 @@ def test_the_scripts_take_odd_text(workplace, capsys):
     assert (workplace / "judged" / "table.md").exists()
     assert json.loads((workplace / "out" / "summary.json").read_text())["train_pairs"] >= 15
     assert "error" not in capsys.readouterr().err
+
+
+GPT2 = {"model_type": "gpt2", "n_layer": 3, "n_embd": 4, "vocab_size": 9}
+SHAPES = {"transformer.wte.weight": (9, 4), "transformer.ln_f.weight": (4,)} | {
+    f"transformer.h.{i}.{name}": shape for i in range(3) for name, shape in (("a.weight", (4, 12)), ("a.bias", (12,)))
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "fragment"),
+    [
+        ({"transformer.h.1.a.weight": None}, {}, "lack 1 tensors, such as transformer.h.1.a.weight"),
+        ({"transformer.h.2.a.bias": (11,)}, {}, "such as transformer.h.0.a.bias"),  # one of the three is wrong
+        ({"transformer.wte.weight": (8, 4)}, {}, "lack 1 tensors, such as transformer.wte.weight"),
+        ({"transformer.wte.weight": None}, {}, "lack 1 tensors, such as wte.weight"),
+        ({}, {"n_layer": 4}, "lack 2 tensors, such as transformer.h.3.a.bias"),
+        ({}, {"n_embd": 8}, "such as transformer.wte.weight"),
+        ({}, {}, ""),
+        ({}, {"n_layer": 2}, ""),  # what is too much, transformers leaves alone
+        ({"transformer.h.1.a.weight": None}, {"model_type": "jamba"}, ""),  # whose blocks differ
+        ({"transformer.h.1.a.weight": None}, {"n_embd": "four"}, ""),  # transformers says what is wrong with it
+    ],
+)
+def test_tensors_by_their_names(changes, config, fragment):
+    """A broken checkpoint of a family whose blocks are alike is told from names and shapes, without torch."""
+    shapes = {name: shape for name, shape in (SHAPES | changes).items() if shape}
+    if not fragment:
+        check_tensors("model", shapes, GPT2 | config)
+        return
+    with pytest.raises(UserError, match=fragment):
+        check_tensors("model", shapes, GPT2 | config)
 
 
 EARLY = """

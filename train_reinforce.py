@@ -78,9 +78,8 @@ from rlhf_min.runlog import RunLog
 
 def train_policy(policy, tokenizer, reward_model, prompts, sft, options, log):
     """T steps of REINFORCE, in place. `sft`: π_sft's weights, or None where it is the policy without its adapters."""
-    team = log.team = parallel.everyone()  # who share a batch
+    team = log.team  # who share a batch
     k = options.num_generations
-    team.check(options.batch_size, k)
     baseline = MovingAverageBaseline()
     optimizer = Optimizer(policy.parameters(), options.lr, policy.device, options.precision, options.warmup_steps,
                           max_grad_norm=options.max_grad_norm, team=team)  # fmt: skip
@@ -134,6 +133,8 @@ def main(argv=None):
     device = resolve_device(options)
     parallel.join()
     log = RunLog(options)
+    log.team = parallel.everyone()
+    log.team.check(options.batch_size, options.num_generations)
     parallel.one_a_machine(train_rm.prepare_inputs, options.files(), [options.policy, options.reward_model])
     policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
     options.check_sigma(judges["reward"].has_sigma)

@@ -176,8 +176,9 @@ def evaluate_pairs(model, rows, tokenizer, options):
 
 def train(model, tokenizer, train_rows, eval_rows, options, log):
     """Minimise the loss; returns the validation of the weights that it leaves in the model."""
-    team = log.team = parallel.everyone()  # who share a batch
-    team.check(options.batch_size)
+    team = log.team  # who share a batch
+    if team.index:
+        torch.manual_seed(options.seed + team.index)  # dropout's noise is each one's own
     steps = max(1, options.epochs * len(train_rows) // (options.batch_size * options.accumulation_steps))
     optimizer = Optimizer(model.parameters(), options.lr, model.device, options.precision, options.warmup_steps, steps,
                           options.max_grad_norm, options.weight_decay, team)  # fmt: skip
@@ -266,6 +267,8 @@ def main(argv=None):
     device = resolve_device(options)
     parallel.join()
     log = RunLog(options)
+    log.team = parallel.everyone()
+    log.team.check(options.batch_size)
     parallel.one_a_machine(prepare_inputs, options.files(), [options.base])
     model, tokenizer = load_base(options, device)
     max_length = min(options.max_length, context_length(model))

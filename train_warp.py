@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 train_warp.py --lr 1e-4     # the two runs of an iteration side by side
 
 train_policy and train_warp are Algorithm 1; the mathematics is in rlhf_min/reinforce.py and rlhf_min/warp.py. The
-policy gradient is REINFORCE with a moving-average baseline (Back to Basics, 2402.14740), the M runs of an iteration
-come one after the other, and learning rate, batch and T are a student report's. README.md numbers all departures.
+policy gradient is REINFORCE with a moving-average baseline (Back to Basics, 2402.14740), and learning rate, batch and T
+are a student report's. README.md numbers all departures.
 """
 
 from dataclasses import dataclass
@@ -113,18 +113,18 @@ def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, l
     return dense_weights(policy)
 
 
-def train_runs(policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, first, team, count):
-    """The weights of the runs `first` to `first` + `count` − 1, one run for each team of processes, side by side.
+def train_runs(policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, first):
+    """The weights of runs `first`, `first` + 1, ...: one run for each team of processes, side by side.
 
-    `team` is the number of this process's; where fewer runs are left than teams, it has none and waits.
+    Where fewer runs are left than teams, some have none and wait.
     """
-    run, policies = first + team, []
+    run, policies = first + log.team.number, []
     if run <= options.runs:
         weights = train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, run)
     else:
         for _ in log.progress("waits", options.steps, dict):
             pass
-    for other in range(first, min(first + count, options.runs + 1)):
+    for other in range(first, min(first + log.team.count, options.runs + 1)):
         policies.append(weights if other == run else {name: torch.empty_like(tensor) for name, tensor in init.items()})
         parallel.send_weights(policies[-1], source=other - first)  # the first process of the team that trained it
     return policies
@@ -133,14 +133,12 @@ def train_runs(policy, tokenizer, reward_model, prompts, init, sft, options, log
 def train_warp(policy, tokenizer, reward_model, prompts, options, log):
     """Algorithm 1. Returns (θ_sft, last θ_slerp, last θ_init, geometry of the task vectors by iteration)."""
     sft = init = dense_weights(policy)  # θ_init ← θ_sft
-    log.team, team, count = parallel.teams(options.runs)  # one process: one team, and run after run
-    log.team.check(options.batch_size)
     geometry = []
     for iteration in range(1, options.iterations + 1):
         policies = []
-        for first in range(1, options.runs + 1, count):
+        for first in range(1, options.runs + 1, log.team.count):  # one process: run after run
             policies += log.once(f"iteration-{iteration}-run-{first}", train_runs, policy, tokenizer, reward_model,
-                                 prompts, init, sft, options, log, iteration, first, team, count)  # fmt: skip
+                                 prompts, init, sft, options, log, iteration, first)  # fmt: skip
         merged = warp.merge(init, policies, options.merge_by)  # θ_slerp ← slerp(θ_init, {θ^m}, λ = 1/M)
         geometry.append(warp.task_vector_geometry(init, policies, options.merge_by))
         init = warp.interpolate(init, merged, options.eta)  # θ_init ← (1−η) θ_init + η θ_slerp
@@ -180,6 +178,8 @@ def main(argv=None):
     device = resolve_device(options)
     parallel.join()
     log = RunLog(options)
+    log.team = parallel.team_of_run(options.runs)
+    log.team.check(options.batch_size)
     parallel.one_a_machine(train_rm.prepare_inputs, options.files(), [options.policy, options.reward_model])
     policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
 

@@ -41,7 +41,7 @@ from transformers import (
 
 import train_reinforce
 import train_rm
-from rlhf_min import warp
+from rlhf_min import parallel, warp
 from rlhf_min.data import Prompt
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.evaluation import format_table
@@ -97,7 +97,7 @@ class Turns:
 
     def __init__(self, options):
         self.synchronise = torch.cuda.synchronize if options.device.startswith("cuda") else lambda: None
-        self.start, self.before = None, resident("VmRSS")
+        self.start, self.before, self.team = None, resident("VmRSS"), parallel.ALONE
 
     def pause(self):
         """What stands before each turn."""

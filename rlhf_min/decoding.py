@@ -27,6 +27,8 @@ class Decoder:
     attention_mask: (B, P) of the prompts, which are left-padded. Models of other families are called as they are.
     """
 
+    records = True  # on a GPU, where the model's step can be a graph
+
     def __init__(self, model, attention_mask, max_length):
         self.model, self.max_length, self.length = model, max_length, 0
         room = attention_mask.new_ones(len(attention_mask), max_length - attention_mask.shape[1])
@@ -36,6 +38,8 @@ class Decoder:
         config = getattr(model, "config", None)
         self.fast = getattr(config, "model_type", "") in FAMILIES and not getattr(config, "sliding_window", None)
         self.fast = self.fast and config._attn_implementation == "sdpa"
+        rope = getattr(config, "rope_parameters", None) or {}
+        self.records = self.records and rope.get("rope_type") not in ("dynamic", "longrope")  # they look at the length
         self.cache, self.layers, self.graph = Cache(max_length) if self.fast else None, {}, None
 
     def __enter__(self):
@@ -55,8 +59,15 @@ class Decoder:
         start, self.length = self.length, self.length + tokens.shape[1]
         if not self.fast:
             return self._forward(tokens, self.real[:, : self.length], self.positions[:, start : self.length])
-        if self.real.is_cuda and start and self.max_length - start > 8:
-            return self._replay(tokens, start)
+        if self.records and self.real.is_cuda and start and self.max_length - start > 8:
+            self._record(tokens, start)
+        if self.graph is not None:
+            self.token.copy_(tokens)
+            self.slot.fill_(start)
+            self.graph.replay()
+            return self.logits
+        if start:
+            self.mask[..., start : self.length] = 0.0  # which _record may have closed
         self.cache.slots, self.cache.length = slice(start, self.length), self.length
         mask = self.mask[..., : self.length]
         if not start:  # (B, 1, P, P): a token sees those before it, and itself, lest a row of padding see nothing
@@ -72,39 +83,41 @@ class Decoder:
 
     def keep(self, rows):
         """Go on with these rows of the batch only, (B,) bool. Returns whether it did: a recorded graph has one size."""
-        if not self.fast or self.graph:
+        if not self.fast or self.graph is not None:
             return False
         self.mask, self.positions = self.mask[rows], self.positions[rows]
         for tensors in (self.cache.keys, self.cache.values):
             tensors[:] = [tensor[rows] for tensor in tensors]
         return True
 
-    def _replay(self, tokens, start):
-        """The same as a recorded graph: its inputs and outputs stay where they are, so it attends to all of the cache.
+    def _record(self, tokens, start):
+        """Record a step as a graph, or see that this machine or model cannot, and never try again.
 
-        It is recorded at the second token of a rollout.
+        A graph's inputs and outputs stay where they are, so it attends to all of the cache, most of it masked.
         """
-        if self.graph is None:
-            self.token, self.slot = tokens.clone(), torch.tensor([start], device=tokens.device)
-            self.mask[..., start:] = -torch.inf
-            self.cache.slots, self.cache.length = self.slot, self.max_length
+        self.token, self.slot = tokens.clone(), torch.tensor([start], device=tokens.device)
+        self.mask[..., start:] = -torch.inf
+        self.cache.slots, self.cache.length = self.slot, self.max_length
 
-            def step():
-                self.mask.index_fill_(-1, self.slot, 0.0)
-                return self._forward(self.token, self.mask, self.positions.index_select(1, self.slot))
+        def step():
+            self.mask.index_fill_(-1, self.slot, 0.0)
+            return self._forward(self.token, self.mask, self.positions.index_select(1, self.slot))
 
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # what a first call allocates must not be recorded
-                step()
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what a first call allocates must not be recorded
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph, self.records = torch.cuda.CUDAGraph(), False
+        try:  # the outer stream is put back where a capture that fails leaves its own
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            ):
                 self.logits = step()
-        self.token.copy_(tokens)
-        self.slot.fill_(start)
-        self.graph.replay()
-        return self.logits
+            self.graph = graph
+        except RuntimeError:
+            Decoder.records = False
 
 
 class Cache:
@@ -144,6 +157,7 @@ class _Linear(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self.onednn = device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        self.onednn &= hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         if self.onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         else:

@@ -61,7 +61,7 @@ def one_line_errors(main):
                 raise
             line = " ".join(str(known).split())
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                line = f"process {os.environ['RANK']}: {line}"
+                line = f"process {os.environ.get('RANK', 0)}: {line}"
             if len(line) > 600:  # it quotes somebody's label of 5,000 characters
                 line = f"{line[:300]} ... {line[-250:]}"
             print(line if isinstance(known, Stopped) else f"error: {line}", file=sys.stderr)

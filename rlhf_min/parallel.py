@@ -8,12 +8,15 @@ M runs. Without torchrun there is one process, and nothing here does anything.
 """
 
 import contextlib
+import datetime
 import os
 
 import torch
 from torch import distributed as dist
 
 from .errors import UserError
+
+PATIENCE = datetime.timedelta(days=7)  # a process without a run waits for the others; torchrun ends it if one dies
 
 
 def world_size():
@@ -29,7 +32,7 @@ def rank():
 def join():
     """Meet the other processes."""
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
 
 def one_a_machine(function, *args):
@@ -61,6 +64,15 @@ def to_first(value):
     return values
 
 
+def to_each(values):
+    """The value for each process, of the list that process 0 has."""
+    if world_size() == 1:
+        return values[0]
+    box = [None]
+    dist.scatter_object_list(box, values)
+    return box[0]
+
+
 def spread(function, items):
     """[function(item) for each item], which the processes take in turn; the results reach all of them."""
     mine = {i: function(item) for i, item in enumerate(items) if i % world_size() == rank()}
@@ -81,9 +93,10 @@ def send_weights(weights, source):
 class Team:
     """The processes `ranks`, which share the batches of a run. Every process must make every team, in one order."""
 
-    def __init__(self, ranks=(0,)):
+    def __init__(self, ranks=(0,), number=0, count=1):
         self.ranks, self.size = list(ranks), len(ranks)
-        self.group = dist.new_group(self.ranks) if self.size > 1 else None
+        self.number, self.count = number, count  # of the teams that work side by side, this is the one with this number
+        self.group = dist.new_group(self.ranks, timeout=PATIENCE) if self.size > 1 else None
         self.index = self.ranks.index(rank()) if rank() in self.ranks else 0
 
     def check(self, batch_size, k=1):
@@ -125,8 +138,8 @@ def everyone():
     return Team(range(world_size()))
 
 
-def teams(runs):
-    """Processes dealt to at most `runs` teams, in turn: (this one's team, its number, how many teams there are)."""
+def team_of_run(runs):
+    """This process's team, of as many as there are runs to train side by side; processes are dealt to them in turn."""
     count = min(runs, world_size())
-    made = [Team(range(first, world_size(), count)) for first in range(count)]
-    return made[rank() % count], rank() % count, count
+    made = [Team(range(first, world_size(), count), first, count) for first in range(count)]
+    return made[rank() % count]

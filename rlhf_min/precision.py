@@ -6,7 +6,7 @@ import os
 import torch
 
 from .errors import UserError
-from .parallel import ALONE
+from .parallel import ALONE, world_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,6 +24,8 @@ def pick_device(name):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not to be had on this machine; try --device cpu")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # graphs and nccl go by the current device
     return device
 
 
@@ -39,7 +41,8 @@ def pick_precision(name, device):
 def resolve_device(options):
     """The torch.device of --device; `options` then say what `auto` came to, and so does run.json."""
     device = pick_device(options.device)
-    options.device, options.precision = str(device), pick_precision(options.precision, device)
+    options.device = device.type if world_size() > 1 else str(device)  # each process has its own
+    options.precision = pick_precision(options.precision, device)
     return device
 
 

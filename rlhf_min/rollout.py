@@ -97,7 +97,7 @@ def draw(probs, uniform):
     block = torch.searchsorted(cumulated, target, right=True)  # (B, 1)
     inner = blocks.take_along_dim(block[..., None], 1).squeeze(1).double().cumsum(-1)  # (B, width)
     target = target - cumulated.take_along_dim(block, 1) + inner[:, -1:]  # what is left of it in the block
-    target = torch.minimum(target, inner[:, -1:] * (1 - 2**-50))  # rounding must not lead past its last token
+    target = torch.minimum(target.clamp(min=0), inner[:, -1:] * (1 - 2**-50))  # rounding must not lead out of it
     return block * width + torch.searchsorted(inner, target, right=True)
 
 
@@ -147,9 +147,9 @@ class _ChosenLogprob(torch.autograd.Function):
         logits, tokens, total = ctx.saved_tensors
         scale = gradient / ctx.temperature  # (B, T)
         out = torch.empty_like(logits)
-        for z, row, norm, s in zip(logits, out, total, scale):
-            row.copy_((z.float() / ctx.temperature - norm).exp_().mul_(-s[:, None]))
-        out.scatter_add_(-1, tokens[..., None], scale[..., None].to(out.dtype))
+        for z, y, row, norm, s in zip(logits, tokens, out, total, scale):  # s (1_y − p), rounded to half precision once
+            p = (z.float() / ctx.temperature - norm).exp_()
+            row.copy_(p.mul_(-s[:, None]).scatter_add_(-1, y[:, None], s[:, None]))
         return out, None, None
 
 

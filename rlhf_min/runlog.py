@@ -61,11 +61,13 @@ class RunLog:
         how_to_go_on = ""
         try:
             parts = self._begin({name: fingerprint(value) for name, value in inputs.items()}) if self.first else None
-            if parts := parallel.from_first(parts):
-                self._saved = unpack(parts[parallel.rank()])
+            if parallel.from_first(parts is not None):
+                self._saved = unpack(parallel.to_each(parts))
             if self.save_every and self.first:
                 folder, count = shlex.quote(str(self.folder)), parallel.world_size()
-                python = "python" if count == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+                python = (
+                    "python" if count == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', count)}"
+                )
                 how_to_go_on = f"; to go on as it is: {python} {self.options.script} --out {folder} --resume"
             with self._signals():
                 yield

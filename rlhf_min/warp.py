@@ -97,7 +97,7 @@ def inner_products(init, policies, names):
     for name in names:
         flat = (weights[name].flatten().split(PIECE) for weights in (init, *policies))
         for start, *ends in zip(*flat):
-            deltas = [end - start for end in ends]  # (n,) each
+            deltas = [end.float() - start if end.dtype.itemsize < 4 else end - start for end in ends]  # (n,) each
             if len(start) < PIECE:
                 deltas = [delta.double() for delta in deltas]
             gram[*lower] += torch.stack([torch.dot(deltas[i], deltas[j]) for i, j in zip(*lower.tolist())])

@@ -20,9 +20,12 @@ from benchmarks.reward_models import calibration_error, load_rated_pairs, measur
 from rlhf_min import toy
 from rlhf_min.data import Pair, Prompt, write_jsonl
 from rlhf_min.models import get_weights, load_policy
+from rlhf_min.parallel import ALONE
 from rlhf_min.reward_model import encode_answer
 
-QUIET = SimpleNamespace(progress=lambda title, steps, state=None: range(1, steps + 1), step=lambda show, **line: None)
+QUIET = SimpleNamespace(
+    team=ALONE, progress=lambda title, steps, state=None: range(1, steps + 1), step=lambda show, **line: None
+)
 TEXTS = ("I", "The", "The film", "The film was")
 
 

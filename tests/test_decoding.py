@@ -1,6 +1,8 @@
 """The fast way to the next token's logits gives those of the plain one, whatever family, padding and adapters are."""
 
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,3 +124,52 @@ def test_bfloat16_of_autocast():
         got, want = decode(model)[0], expected(model)
     for a, b in zip(got, want):
         torch.testing.assert_close(a.float(), b.float(), atol=0.3, rtol=0.05)
+
+
+class Graph:
+    """A stand-in for CUDA's: what is recorded runs again at each replay."""
+
+    def replay(self):
+        self.step()
+
+
+@pytest.mark.parametrize("works", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_recorded_step(monkeypatch, family, works):
+    """On a GPU the step is a graph, up to the last token; where it cannot be recorded, sampling goes on without."""
+    model, graph = build(family), Graph()
+    forward = Decoder._forward
+
+    @contextlib.contextmanager
+    def record(made, capture_error_mode):
+        if not works:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    def remember(self, tokens, mask, position_ids):
+        if tokens is getattr(self, "token", None):  # it is the graph's own step
+            graph.step = lambda: self.logits.copy_(
+                forward(
+                    self, tokens, self.mask.index_fill_(-1, self.slot, 0.0), self.positions.index_select(1, self.slot)
+                )
+            )
+        return forward(self, tokens, mask, position_ids)
+
+    monkeypatch.setattr(Decoder, "_forward", remember)
+    monkeypatch.setattr(Decoder, "records", True)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": lambda: graph,
+                       "stream": lambda s: contextlib.nullcontext(), "graph": record}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    tail = torch.randint(1, 50, (3, 17))
+    with torch.no_grad(), Decoder(model, REAL, 22) as decoder:
+        decoder.real = SimpleNamespace(is_cuda=True, __len__=lambda: 3)
+        decoder(TOKENS)
+        got = [decoder(tail[:, t : t + 1]).clone() for t in range(17)]
+        assert (decoder.graph is graph) == works
+        assert not works or not decoder.keep(torch.tensor([True, True, False]))
+    assert Decoder.records == works
+    ones = torch.ones_like(tail, dtype=torch.bool)
+    for t in range(17):
+        want = plain(model, torch.cat([TOKENS, tail[:, : t + 1]], 1), torch.cat([REAL, ones[:, : t + 1]], 1))
+        torch.testing.assert_close(got[t], want, atol=5e-5, rtol=1e-4)

@@ -254,7 +254,10 @@ def project_source(module):
 @pytest.mark.parametrize("name, classes, text", SCRIPTS, ids=NAMES)
 def test_every_option_is_read(name, classes, text):
     """T59: every option of a script is checked, or read as `options.name`, in it or in a function that it calls."""
-    source = project_source(importlib.import_module(name))
+    module = importlib.import_module(name)
+    source = project_source(module)
+    if "train_reinforce.main(" in inspect.getsource(module):  # which is given all of them
+        source += project_source(importlib.import_module("train_reinforce"))
     for base in classes[0].__mro__[:-1]:
         for method in (
             value for value in vars(base).values() if inspect.isfunction(value) and value.__name__ in CHECKS

@@ -173,12 +173,12 @@ def test_shares_of_a_team(monkeypatch):
 def test_processes_dealt_to_runs(monkeypatch):
     """Five processes and two runs: 0, 2, 4 share the first, 1 and 3 the second; every process makes both groups."""
     made = []
-    monkeypatch.setattr(parallel.dist, "new_group", lambda ranks: made.append(ranks))
+    monkeypatch.setattr(parallel.dist, "new_group", lambda ranks, timeout: made.append(ranks))
     for number, (run, index, size) in enumerate([(0, 0, 3), (1, 0, 2), (0, 1, 3), (1, 1, 2), (0, 2, 3)]):
         monkeypatch.setenv("WORLD_SIZE", "5")
         monkeypatch.setenv("RANK", str(number))
-        team, found, count = parallel.teams(2)
-        assert (found, count, team.index, team.size) == (run, 2, index, size)
+        team = parallel.team_of_run(2)
+        assert (team.number, team.count, team.index, team.size) == (run, 2, index, size)
     assert made == [[0, 2, 4], [1, 3]] * 5
 
 

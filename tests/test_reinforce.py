@@ -8,6 +8,7 @@ import torch
 
 from rlhf_min.data import Prompt
 from rlhf_min.models import get_weights
+from rlhf_min.parallel import ALONE
 from rlhf_min.reinforce import (
     MovingAverageBaseline,
     kl_estimate,
@@ -16,7 +17,9 @@ from rlhf_min.reinforce import (
     prefix_kl,
     shaped_reward,
     sigma_weight,
+    step_metrics,
 )
+from rlhf_min.rollout import Rollout
 from train_reinforce import ReinforceOptions, train_policy
 
 
@@ -282,7 +285,9 @@ def metrics_of(steps, policy, tokenizer, judge, **options):
     """The metrics of the first steps on four prompts of different lengths, at β = 0 unless asked."""
     lines = []
     log = SimpleNamespace(
-        progress=lambda title, steps, state: range(1, steps + 1), step=lambda show, **line: lines.append(line)
+        team=ALONE,
+        progress=lambda title, steps, state: range(1, steps + 1),
+        step=lambda show, **line: lines.append(line),
     )
     options = {"beta": 0.0, "batch_size": 12, "max_length": 12, "temperature": 1.0, "precision": "fp32", **options}
     options = ReinforceOptions(steps=steps, lr=1e-2, **options)
@@ -345,3 +350,15 @@ def test_an_answer_without_an_end_pays(tiny_policy, tiny_tokenizer):
     assert first["reward"] == 2.0
     assert first["completions/clipped_ratio"] == pytest.approx(1 - ends[0])
     assert second["baseline"] == pytest.approx(2 - 3 * (1 - ends[0]))
+
+
+def test_step_metrics_by_hand():
+    """Two answers, of 3 and 1 tokens: the entropy is per token, (.5 + 1 + 1.5 + 2) / 4, the rest per answer."""
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    rollout = Rollout(torch.zeros(2, 5, dtype=torch.long), mask, mask, torch.tensor([False, True]))
+    logprobs = torch.tensor([[-0.5, -1.0, -1.5], [-2.0, -9.0, -9.0]], requires_grad=True)
+    metrics = step_metrics(ALONE, rollout, logprobs, reward=torch.tensor([1.0, 4.0]), kl=torch.tensor([0.0, 0.5]))
+    assert metrics == pytest.approx({
+        "reward": 2.5, "reward_std": 1.5, "kl": 0.25, "entropy": 1.25, "completions/mean_length": 2.0,
+        "completions/clipped_ratio": 0.5,
+    })  # fmt: skip

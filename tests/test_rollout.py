@@ -17,6 +17,7 @@ from rlhf_min.rollout import (
     completion_logits,
     completion_mask,
     decode_completions,
+    draw,
     positions,
     sample,
     token_logprobs,
@@ -376,6 +377,14 @@ def test_extreme_uniform_numbers(monkeypatch, number, token):
     assert rollout.completions.tolist() == [[token]]
 
 
+@pytest.mark.parametrize(("number", "token"), [(0.0, 6), (0.24, 6), (0.26, 11), (1 - 2**-53, 11)])
+def test_draw_by_hand(number, token):
+    """T6: of weights 1 and 3 behind whole blocks of nothing; they need not sum to 1."""
+    probs = torch.zeros(1, 17)
+    probs[0, 6], probs[0, 11] = 1.0, 3.0
+    assert draw(probs, torch.tensor([[number]], dtype=torch.float64)).item() == token
+
+
 # Text
 
 
@@ -414,3 +423,28 @@ def test_decode_keeps_the_space_before_the_answer():
     rollout = Rollout(tokens, attention_mask, mask, torch.tensor([True, True]))
     assert tokenizer.decode([3, 4]) == "girls"
     assert decode_completions(tokenizer, rollout) == [" girls", "s"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_of_a_likely_token_in_half_precision(dtype):
+    """T10: 1 − p of a token with p = .999 survives bfloat16: rounded once, it is no difference of two roundings."""
+    logits = torch.zeros(1, 2, 11)
+    logits[..., 3] = 9.0
+    kept = logits.to(dtype).requires_grad_()
+    ones = torch.ones(1, 3, dtype=torch.bool)
+    rollout = Rollout(torch.tensor([[0, 3, 5]]), ones, ones[:, :2], ones[:, 0])
+    token_logprobs(lambda **_: SimpleNamespace(logits=kept), rollout, 1.0).sum().backward()
+    p = kept.detach().double().softmax(-1)
+    exact = torch.nn.functional.one_hot(torch.tensor([[3, 5]]), 11) - p
+    torch.testing.assert_close(kept.grad.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_draw_at_the_borders_of_blocks():
+    """T6: where a block of tokens ends, rounding leads to no token of probability 0, first in its block or not."""
+    probs = torch.rand(1, 10_000).expand(1000, -1).clone()
+    width = math.isqrt(10_000) + 1
+    probs[:, ::width] = 0.0
+    borders = probs[0].double().cumsum(-1)[width - 1 :: width] / probs[0].double().sum()
+    uniform = borders[torch.arange(1000) % len(borders)][:, None].clamp(max=1 - 2**-53)
+    token = draw(probs, uniform)
+    assert probs.gather(1, token).min() > 0

@@ -177,7 +177,7 @@ MUTANTS = [
     ("batches", 'self.generator.set_state(state["generator"])', "pass"),
     ("files", "    except BaseException:\n        _remove(new)\n", "    except BaseException:\n"),
     ("files", "            _sync(part)\n", "            pass\n"),
-    ("checkpoint", "torch.load(path, map_location=device, weights_only=True)", "torch.load(path)"),
+    ("checkpoint", "device, weights_only=True)\n        if", "device, weights_only=False)\n        if"),
     ("checkpoint", "            target.copy_(value)\n", "            pass\n"),
     ("checkpoint", "            target.load_state_dict(value)\n", "            pass\n"),
     ("checkpoint", "            state[name] = value\n", "            pass\n"),

@@ -7,7 +7,6 @@ with the mean of their gradients. REINFORCE and reward models train in one team 
 M runs. Without torchrun there is one process, and nothing here does anything.
 """
 
-import contextlib
 import datetime
 import os
 
@@ -37,14 +36,17 @@ def join():
 
 def one_a_machine(function, *args):
     """function(*args) in one process of each machine, which is alone meanwhile, before the others go on."""
+    count = world_size()
+    if count == 1:
+        function(*args)
+        return
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        with contextlib.ExitStack() as stack:
-            before = os.environ.get("WORLD_SIZE", "1")
-            stack.callback(os.environ.__setitem__, "WORLD_SIZE", before)
-            os.environ["WORLD_SIZE"] = "1"
+        os.environ["WORLD_SIZE"] = "1"
+        try:
             function(*args)
-    if world_size() > 1:
-        dist.barrier()
+        finally:
+            os.environ["WORLD_SIZE"] = str(count)
+    dist.barrier()
 
 
 def from_first(value):

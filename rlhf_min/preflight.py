@@ -8,8 +8,6 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from safetensors import safe_open
-
 from . import toy
 from .data import apply_chat_template
 from .files import read_json
@@ -27,6 +25,7 @@ from .sources import (
     label_names,
     local_folder,
     read_adapter_header,
+    tensor_shapes,
     unknown_target,
 )
 
@@ -94,13 +93,12 @@ def has_sigma(judge):
 def check_targets(name, targets):
     """UserError for a LoRA target that is no part of any tensor's name in the model's files."""
     folder, there, linear = _folder(name), set(), set()
-    for path in folder.glob("*.safetensors") if folder and targets and not is_adapter(folder) else ():
-        with safe_open(path, framework="np") as file:
-            for key in file.keys():  # noqa: SIM118
-                module = key.rpartition(".")[0].rpartition(".")[2]
-                there.add(module)
-                if re.search(r"\.\d+\..*\.weight$", key) and len(file.get_slice(key).get_shape()) == 2:
-                    linear.add(module)  # a matrix of a block
+    shapes = tensor_shapes(folder) if folder and targets and not is_adapter(folder) else {}
+    for key, shape in shapes.items():
+        module = key.rpartition(".")[0].rpartition(".")[2]
+        there.add(module)
+        if re.search(r"\.\d+\..*\.weight$", key) and len(shape) == 2:
+            linear.add(module)  # a matrix of a block
     for target in targets:
         if there and target not in there:
             raise unknown_target(target, linear)

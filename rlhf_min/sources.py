@@ -22,18 +22,7 @@ from .files import read_json
 EMBEDDINGS = {"gpt2": "wte.weight", "llama": "embed_tokens.weight", "distilbert": "word_embeddings.weight",
               "bert": "word_embeddings.weight"}  # fmt: skip  # by family, of those whose blocks are alike
 _CONFIGS = ("config.json", "adapter_config.json")
-TAKEN = {
-    "prompt",
-    "completion",
-    "length",
-    "ended",
-    "kl",
-    "eos_rate",
-    "distinct_2",
-    "eta",
-    "policy",
-    "run",
-}  # columns of tables
+TAKEN = {*"prompt completion length ended kl eos_rate distinct_2 eta policy run".split()}  # columns of tables
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 
 
@@ -134,20 +123,25 @@ def check_model(name):
     for file in (*_CONFIGS, "tokenizer_config.json", "generation_config.json"):
         if (folder / file).exists():
             read_json(folder / file)
-    weights = list(folder.glob("*.safetensors"))
-    if not weights:
+    if not any(folder.glob("*.safetensors")):
         raise UserError(f"{name}: no .safetensors in it; pickled weights could run code and are not read: convert them")
+    shapes = tensor_shapes(folder)
+    if is_adapter(folder):
+        read_adapter_header(folder)
+    else:
+        check_tensors(name, shapes, read_json(folder / "config.json"))
+
+
+def tensor_shapes(folder):
+    """{tensor's name: shape} of a model's files; UserError for one that is not whole."""
     shapes = {}
-    for path in weights:
+    for path in folder.glob("*.safetensors"):
         try:
             with safe_open(path, framework="np") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except Exception as error:  # SafetensorError, or what the file system raises
             raise UserError(f"{path} cannot be read: {first_line(error)}; is it a whole file?") from None
-    if is_adapter(folder):
-        read_adapter_header(folder)
-    else:
-        check_tensors(name, shapes, read_json(folder / "config.json"))
+    return shapes
 
 
 def check_tensors(name, shapes, config):

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .lora import LoRALayer, replace_module
 
+PACK_FROM = 2**17  # weights of a matrix; below, oneDNN's call costs more than its order saves
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "gpt_neox")  # whose attention is full, and reads the mask alone
 
 
@@ -158,6 +159,7 @@ class _Linear(nn.Module):
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self.onednn = device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
         self.onednn &= hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        self.onednn &= weight.numel() >= PACK_FROM
         if self.onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         else:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config
 
+from rlhf_min import decoding
 from rlhf_min.decoding import Decoder, positions
 from rlhf_min.lora import LoRALayer, add_lora, lora_disabled, lora_layers
 
@@ -22,6 +23,12 @@ CONFIGS = {
 TOKENS = torch.tensor([[0, 0, 7, 8, 9], [3, 4, 5, 6, 7], [0, 0, 0, 0, 11]])
 REAL = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
 NEXT = torch.tensor([[12, 13, 14], [15, 16, 17], [18, 19, 20]])
+
+
+@pytest.fixture(autouse=True, params=[0, decoding.PACK_FROM], ids=["packed", "plain"])
+def pack(request, monkeypatch):
+    """Every test twice: with all matrices in oneDNN's order, and with none, since all of them are small."""
+    monkeypatch.setattr(decoding, "PACK_FROM", request.param)
 
 
 def build(family):

@@ -131,6 +131,7 @@ def test_what_counts_as_the_hub(endpoint, monkeypatch, name):
     if refusal:
         with pytest.raises(UserError, match=f"^owner/name: no such folder, not in the hub's cache, and {refusal}$"):
             load_tokenizer("owner/name")
+        monkeypatch.setattr("rlhf_min.sources.importlib.util.find_spec", lambda name: name)  # has `datasets`
         with pytest.raises(UserError, match=f"^owner/name:test is no local file, and {refusal}; give a .jsonl file$"):
             check_source("owner/name:test")
         assert endpoint.asked[-1] == "/datasets/owner/name/resolve/main/README.md"

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import UserError, first_line
 from .files import whole, write_json
-from .sources import PREFIX, read_adapter_header, unknown_target
+from .sources import PREFIX, adapted_modules, read_adapter_header, unknown_target
 
 TARGETS = ("q_proj", "v_proj", "c_attn", "q_lin", "v_lin", "query", "value")  # Llama, GPT-2, DistilBERT, BERT
 HEADS = ("score", "classifier", "pre_classifier", "pooler")  # what a classifier has on top of its backbone
@@ -197,18 +197,13 @@ def load_adapter(model, folder):
     The tensors themselves say which modules they belong to. UserError where the model has no such module or shape.
     """
     config, tensors = read_adapter(folder)
-    adapted = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    if not adapted:
-        raise UserError(f"{folder}: no lora_A and lora_B in its adapter_model.safetensors")
-    for name in adapted:
-        a, b = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight", None)
+    for name in adapted_modules(folder):
+        a, b = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
         try:
             base = model.get_submodule(name)
             layer = LoRALayer(base, a.shape[0], config["lora_alpha"], config.get("lora_dropout", 0.0))
-            if b is None or layer.lora_A.shape != a.shape or layer.lora_B.shape != b.shape:
-                raise ValueError("no lora_B, or other shapes")
-            if config.get("r") != a.shape[0]:
-                raise ValueError(f"r is {config.get('r')} in its config, {a.shape[0]} in its tensors")
+            if layer.lora_A.shape != a.shape or layer.lora_B.shape != b.shape:
+                raise ValueError("it has another shape")
             layer.lora_A.copy_(a)
             layer.lora_B.copy_(b)
         except Exception as error:  # of the six kinds that a wrong file can raise here

@@ -27,6 +27,7 @@ from .sources import (
     is_adapter,
     is_classifier,
     lacking,
+    no_tokenizer,
 )
 
 logging.set_verbosity_error()  # e.g. the long report that a classifier's head is new, which train_rm says in one line
@@ -54,7 +55,7 @@ def load_tokenizer(name):
         return load_tokenizer(base_of(folder))
     tokenizer = _load(AutoTokenizer, name)
     if not tokenizer.vocab_size:  # transformers makes one of nothing
-        raise UserError(f"{name}: no tokenizer in it, such as tokenizer.json; save the model's own beside it")
+        raise no_tokenizer(name)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(

@@ -20,7 +20,7 @@ from . import toy
 from .data import hold_out_of, load_prompts, prompt_of_row, read_prompts, with_answer
 from .errors import UserError, one_line_errors
 from .files import read_json
-from .preflight import check_names, check_targets, check_template, first_rows, quick_tokenizer
+from .preflight import check_device, check_names, check_targets, check_template, first_rows, quick_tokenizer
 from .sources import named_judges
 
 LARGEST = {int: 2**31 - 1, float: 1e30}  # what any number may be: torch's kernels overflow beyond
@@ -69,6 +69,7 @@ class RunOptions:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not self.parallel:
             raise UserError(f"{self.script} runs in one process; start it without torchrun")
         self.folder()
+        check_device(self.device)
         check_names(files=self.files())
 
     def check_rows(self):

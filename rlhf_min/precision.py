@@ -7,6 +7,7 @@ import torch
 
 from .errors import UserError
 from .parallel import ALONE, world_size
+from .sources import no_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -23,7 +24,7 @@ def pick_device(name):
     except (RuntimeError, AssertionError):  # torch raises either for a device that is unknown or not there
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not to be had on this machine; try --device cpu")
+        raise no_device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # graphs and nccl go by the current device
     return device

@@ -5,18 +5,23 @@ told here for certain is left to the run, which checks all of it again.
 """
 
 import re
+import runpy
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
 from . import toy
 from .data import apply_chat_template
+from .errors import UserError, first_line
 from .files import read_json
 from .sources import (
     base_of,
+    check_fit,
     check_judge_config,
     check_model,
     check_policy_config,
     check_source,
+    find_model,
     head_labels,
     head_size,
     import_function,
@@ -24,13 +29,24 @@ from .sources import (
     is_function,
     label_names,
     local_folder,
+    no_device,
+    no_tokenizer,
     read_adapter_header,
     tensor_shapes,
     unknown_target,
 )
 
 FIRST = 1000  # so many rows are tokenised: a mistake that they all have shows, and a good run hardly waits
+TOKENIZER = re.compile("token|vocab|spiece|spm|bpe")  # what is in the names of a tokenizer's files
 EXACT = {"TokenizersBackend", "PreTrainedTokenizer", "GPT2Tokenizer"}  # AutoTokenizer takes these as they are
+
+
+def check_device(name):
+    """UserError for what is neither CPU nor GPU, and for a GPU where torch was built without."""
+    built = runpy.run_path(str(Path(find_spec("torch").origin).with_name("version.py")))
+    kind = re.fullmatch(r"(auto|cpu|cuda)(:\d+)?", name)
+    if not kind or (kind[1] == "cuda" and not built["cuda"] and not built.get("hip")):
+        raise no_device(name)
 
 
 def check_names(files=(), policies=(), bases=(), judges=(), max_length=0):
@@ -42,7 +58,7 @@ def check_names(files=(), policies=(), bases=(), judges=(), max_length=0):
         if is_function(name):
             import_function(name)
         elif not _to_be_made(name):
-            check_model(name)
+            check_model(name, judge=name in judges)
     for name in policies:
         if config := read_config(name):
             check_policy_config(name, config, max_length)
@@ -51,6 +67,8 @@ def check_names(files=(), policies=(), bases=(), judges=(), max_length=0):
     for name in judges:
         if config := read_config(name):
             check_judge_config(name, config)
+    for name in [*policies, *bases, *judges]:
+        _tokenizer_folder(name)
 
 
 def _to_be_made(name):
@@ -72,6 +90,8 @@ def read_config(name):
     base, head = _base(folder), head_size(folder)
     if not _to_be_made(base):
         check_model(base)
+        if (files := local_folder(base)) and not is_adapter(files):
+            check_fit(folder, files)
     config = read_config(base)
     if head:
         config |= {"architectures": ["SequenceClassification"], "id2label": None, **head_labels(head)}
@@ -104,11 +124,19 @@ def check_targets(name, targets):
             raise unknown_target(target, linear)
 
 
-def quick_tokenizer(name):
-    """(the tokenizer of a local model, whether it is sure to be the run's own), or (None, False) for an odd one."""
+def _tokenizer_folder(name):
+    """The folder with a model's tokenizer, an adapter's own or its base's; None if not known. UserError without one."""
     folder = _folder(name)
     if folder and is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
-        return quick_tokenizer(_base(folder))
+        return _tokenizer_folder(_base(folder))
+    if folder and Path(find_model(name)).exists() and not any(TOKENIZER.search(path.name) for path in folder.iterdir()):
+        raise no_tokenizer(name)
+    return folder
+
+
+def quick_tokenizer(name):
+    """(the tokenizer of a local model, whether it is sure to be the run's own), or (None, False) for an odd one."""
+    folder = _tokenizer_folder(name)
     if not folder or not all((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         return None, False
     import transformers
@@ -119,8 +147,11 @@ def quick_tokenizer(name):
     cls = getattr(transformers, kind, fast) if kind.endswith("Tokenizer") else fast
     try:
         return (cls if issubclass(cls, fast) else fast).from_pretrained(folder, local_files_only=True), kind in EXACT
-    except Exception:  # the run itself says what is wrong with it
-        return None, False
+    except Exception as error:
+        read_json(folder / "tokenizer.json")  # UserError where it is cut off
+        if kind in EXACT:
+            raise UserError(f"{name} cannot be loaded: {first_line(error)}") from None
+        return None, False  # the run itself says what is wrong with it
 
 
 def first_rows(read, files):

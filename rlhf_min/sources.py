@@ -5,6 +5,7 @@ No torch here: what is not there, or broken at first sight, is refused before to
 
 import importlib
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -19,8 +20,16 @@ from safetensors import safe_open
 from .errors import UserError, first_line
 from .files import read_json
 
-EMBEDDINGS = {"gpt2": "wte.weight", "llama": "embed_tokens.weight", "distilbert": "word_embeddings.weight",
-              "bert": "word_embeddings.weight"}  # fmt: skip  # by family, of those whose blocks are alike
+_LLAMA, _BERT = ("embed_tokens", "norm"), ("word_embeddings", "position_embeddings")
+OUTSIDE = {  # modules outside of the blocks, the embedding first, by family, of those whose blocks are alike
+    "gpt2": ("wte", "wpe", "ln_f"), "gpt_neox": ("embed_in", "final_layer_norm"), "bert": _BERT, "distilbert": _BERT,
+    "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA,
+}  # fmt: skip
+SIZES = {  # numbers in a config.json of these families
+    *"num_hidden_layers n_layer n_layers hidden_size n_embd dim vocab_size".split(),
+    *"max_position_embeddings n_positions num_attention_heads n_head n_heads".split(),
+}
+HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # of sequence classifiers
 _CONFIGS = ("config.json", "adapter_config.json")
 TAKEN = {*"prompt completion length ended kl eos_rate distinct_2 eta policy run".split()}  # columns of tables
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
@@ -113,8 +122,11 @@ def check_on_hub(name):
         raise UserError(f"{name}: no such folder, not in the hub's cache, and {refusal}")
 
 
-def check_model(name):
-    """UserError unless `name` is a model whose files are whole, or one that the hub or its cache can give."""
+def check_model(name, judge=False):
+    """UserError unless `name` is a model whose files are whole, or one that the hub or its cache can give.
+
+    A judge must bring its head; elsewhere train_rm.py makes a new one.
+    """
     folder = Path(find_model(name))
     if not folder.exists():
         if not any(_cached(name, file) for file in _CONFIGS):
@@ -127,9 +139,19 @@ def check_model(name):
         raise UserError(f"{name}: no .safetensors in it; pickled weights could run code and are not read: convert them")
     shapes = tensor_shapes(folder)
     if is_adapter(folder):
-        read_adapter_header(folder)
-    else:
-        check_tensors(name, shapes, read_json(folder / "config.json"))
+        adapted_modules(folder)
+        return
+    config = read_json(folder / "config.json")
+    if not _is_known(config.get("model_type")):
+        raise UserError(f"{name}: its config.json has model_type {config.get('model_type')!r}, which transformers does "
+                        "not know; code that a model brings along is not run")  # fmt: skip
+    check_tensors(name, shapes, config, judge)
+
+
+def _is_known(family):
+    """Whether a model_type stands in the tables of transformers, which to import would take seconds."""
+    tables = Path(importlib.util.find_spec("transformers").origin).parent.glob("models/auto/*.py")
+    return isinstance(family, str) and any(f'"{family}"' in table.read_text(encoding="utf-8") for table in tables)
 
 
 def tensor_shapes(folder):
@@ -144,26 +166,38 @@ def tensor_shapes(folder):
     return shapes
 
 
-def check_tensors(name, shapes, config):
-    """UserError where the blocks are not alike, or too few, or the embedding is not (vocabulary, width).
+def check_tensors(name, shapes, config, judge=False):
+    """UserError where the blocks are not alike, or too few, or what is outside of them is not there or not as wide.
 
     For {tensor's name: shape} and families of which that is known; transformers, which knows all tensors of all
     families, takes seconds to say so. `lacking` words what both say.
     """
-    size = lambda *keys: next((config[key] for key in keys if isinstance(config.get(key), int)), None)
-    embedding = EMBEDDINGS.get(str(config.get("model_type")))
+    outside = OUTSIDE.get(str(config.get("model_type")), ())
+    sizes = {key: value for key, value in config.items() if key in SIZES and value is not None}
+    for key, value in sizes.items() if outside else ():
+        if not isinstance(value, int):
+            raise UserError(f"{name}: {key} in its config.json must be a whole number, not {value!r}")
+    size = lambda *keys: next((sizes[key] for key in keys if key in sizes), None)
     layers, width = size("num_hidden_layers", "n_layer", "n_layers"), size("hidden_size", "n_embd", "dim")
-    if None in (embedding, layers, width, size("vocab_size")):
+    if not outside or None in (layers, width, size("vocab_size")):
         return
-    blocks = {}  # {number: {name with {} for the number: shape}}
+    blocks, rest = {}, {}  # {number: {name with {} for the number: shape}}, {last two parts of the name: (name, shape)}
     for key, shape in shapes.items():
         if found := re.fullmatch(r"(.*?\.)(\d+)(\..*)", key):
             blocks.setdefault(int(found[2]), {})[found[1] + "{}" + found[3]] = shape
+        else:
+            rest[".".join(key.split(".")[-2:])] = key, shape
     tensors = {tensor for block in blocks.values() for tensor in block.items()}
     absent = {key.format(i) for i in range(min(layers, 10_000)) for key, shape in tensors
               if blocks.get(i, {}).get(key) != shape}  # fmt: skip
-    found = [key for key in shapes if key.endswith(embedding)] or [embedding]
-    absent |= {key for key in found if shapes.get(key) != (size("vocab_size"), width)}
+    wanted = {f"{module}.weight": (width,) for module in outside}  # the last sizes of its shape
+    wanted[f"{outside[0]}.weight"] = size("vocab_size"), width
+    if judge and is_classifier(config) and (labels := label_names(config)):
+        wanted[HEAD_WEIGHTS["bert" in config["model_type"]]] = len(labels), width
+    for key, last in wanted.items():
+        there, shape = rest.get(key, (key, ()))
+        if shape[-len(last) :] != last:
+            absent.add(there)
     if absent:
         raise lacking(name, absent)
 
@@ -178,7 +212,7 @@ def read_adapter_header(folder):
     config = read_json(Path(folder, "adapter_config.json"))
     try:
         with safe_open(Path(folder, "adapter_model.safetensors"), framework="np") as file:
-            shapes = {name.removeprefix(PREFIX): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            shapes = {name.removeprefix(PREFIX): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors and the file system raise several kinds
         raise UserError(f"{folder} is not an adapter in PEFT's format: {first_line(error)}") from None
     extras = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")
@@ -191,10 +225,44 @@ def read_adapter_header(folder):
     return config, shapes
 
 
+def adapted_modules(folder):
+    """{name: (in, out)} of the modules that an adapter changes; UserError where r, α, A and B do not go together."""
+    config, shapes = read_adapter_header(folder)
+    r, alpha, modules = config.get("r"), config.get("lora_alpha"), {}
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise UserError(f"{folder}: lora_alpha must be a number, not {alpha!r}")
+    adapted = {key.rpartition(".lora_")[0] for key in shapes if key.endswith((".lora_A.weight", ".lora_B.weight"))}
+    for name in sorted(adapted):
+        a, b = (shapes.get(f"{name}.lora_{side}.weight", ()) for side in "AB")
+        if not r or (len(a), len(b)) != (2, 2) or not a[0] == b[1] == r:
+            raise UserError(f"{folder}: {name} has lora_A {a} and lora_B {b}, which does not fit r {r}")
+        modules[name] = a[1], b[0]
+    if not modules:
+        raise UserError(f"{folder}: no lora_A and lora_B in its adapter_model.safetensors")
+    return modules
+
+
+def check_fit(adapter, base):
+    """UserError where a module of a block that an adapter changes has another shape in the files of its base."""
+    shapes, family = tensor_shapes(base), read_json(base / "config.json").get("model_type")
+    for name, (width_in, width_out) in adapted_modules(adapter).items():
+        if not re.search(r"\.\d+\.", name):
+            continue
+        parts = f"{name}.weight".split(".")
+        keys = {".".join(parts[i:]) for i in range(len(parts))}  # a hub's base may leave out the first part
+        found = [shapes[key] for key in keys if key in shapes]
+        if not found and str(family) in OUTSIDE:
+            raise UserError(f"{adapter}: {name} does not fit the model in {base}, which has no such module")
+        if found and sorted(found[0]) != sorted((width_in, width_out)):
+            raise UserError(f"{adapter}: {name} does not fit the model in {base}: it is for {width_in} × {width_out}, "
+                            f"not {' × '.join(map(str, found[0]))}")  # fmt: skip
+
+
 def head_size(adapter):
     """How many logits the head has that an adapter brings with it; 0 without one."""
-    names = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
-    return next((shape[0] for name, shape in read_adapter_header(adapter)[1].items() if name in names and shape), 0)
+    return next(
+        (shape[0] for name, shape in read_adapter_header(adapter)[1].items() if name in HEAD_WEIGHTS and shape), 0
+    )
 
 
 def base_of(adapter):
@@ -264,6 +332,16 @@ def check_judge_config(name, config):
     if len(labels) > 1 and labels != [str(k + 1) for k in range(len(labels))]:
         raise UserError(f"{name}: a classifier with the labels {', '.join(labels[:3])}, ...; a reward model has one "
                         "label, or the ratings 1, 2, 3, ... in this order")  # fmt: skip
+
+
+def no_device(name):
+    """The UserError for a device that is not there."""
+    return UserError(f"--device {name} is not to be had on this machine; try --device cpu")
+
+
+def no_tokenizer(name):
+    """The UserError for a model without one."""
+    return UserError(f"{name}: no tokenizer in it, such as tokenizer.json; save the model's own beside it")
 
 
 def unknown_target(target, linear):

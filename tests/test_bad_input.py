@@ -727,7 +727,7 @@ BROKEN = {
     "no model type": Broken("policy", also("config.json", model_type=None)),
     "model type a number": Broken("policy", also("config.json", model_type=3)),
     "layers as text": Broken("policy", also("config.json", n_layer="two")),
-    "one layer more than there are weights": Broken("policy", also("config.json", n_layer=2), "lack 12 tensors"),
+    "one layer more than there are weights": Broken("policy", also("config.json", n_layer=3), "lack 12 tensors"),
     "a width that its heads cannot share": Broken("policy", also("config.json", n_head=3)),
     "positions as text": Broken("policy", also("config.json", n_positions="64")),
     "no vocabulary": Broken("policy", also("config.json", vocab_size=-1)),
@@ -847,21 +847,24 @@ BROKEN = {
         flags=JUDGE,
     ),
     "adapter without its B": Broken(
-        "adapted_judge", tensors(lambda t: t.pop(LORA_B), ADAPTER), "no lora_B", flags=JUDGE
+        "adapted_judge", tensors(lambda t: t.pop(LORA_B), ADAPTER), "and lora_B ()", flags=JUDGE
     ),
     "adapter without its A": Broken(
-        "adapted_judge", tensors(lambda t: t.pop(LORA_A), ADAPTER), "no lora_A and lora_B", flags=JUDGE
+        "adapted_judge", tensors(lambda t: t.pop(LORA_A), ADAPTER), "has lora_A () and", flags=JUDGE
     ),
     "adapter without its head": Broken(
         "adapted_judge", tensors(lambda t: t.pop(f"base_model.model.{HEAD}"), ADAPTER), flags=JUDGE
     ),
     "adapter with the head alone": Broken(
-        "adapted_judge", tensors(lambda t: [t.pop(k) for k in (LORA_A, LORA_B)], ADAPTER), flags=JUDGE
+        "adapted_judge",
+        tensors(lambda t: [t.pop(k) for k in list(t) if "lora" in k], ADAPTER),
+        "no lora_A and lora_B",
+        flags=JUDGE,
     ),
     "adapter of two ranks": Broken(
         "adapted_judge",
         tensors(lambda t: t.update({LORA_A: t[LORA_A][:1]}), ADAPTER),
-        "does not fit the model",
+        "has lora_A (1, 16) and lora_B (48, 2), which does not fit r 2",
         flags=JUDGE,
     ),
     "adapter of rank 0": Broken(
@@ -873,13 +876,13 @@ BROKEN = {
         "adapted_judge", also(ADAPTER_CONFIG, r=16), "broken", flags=JUDGE
     ),
     "adapter whose alpha is text": Broken(
-        "adapted_judge", also(ADAPTER_CONFIG, lora_alpha="4"), "does not fit", flags=JUDGE
+        "adapted_judge", also(ADAPTER_CONFIG, lora_alpha="4"), "must be a number, not '4'", flags=JUDGE
     ),
     "adapter whose alpha is NaN": Broken(
         "adapted_judge", also(ADAPTER_CONFIG, lora_alpha=float("nan")), "broken", flags=JUDGE
     ),
     "adapter without alpha": Broken(
-        "adapted_judge", also(ADAPTER_CONFIG, lora_alpha=None), "does not fit", flags=JUDGE
+        "adapted_judge", also(ADAPTER_CONFIG, lora_alpha=None), "must be a number, not None", flags=JUDGE
     ),
     "adapter of another kind": Broken(
         "adapted_judge", also(ADAPTER_CONFIG, peft_type="IA3"), "peft_type IA3", flags=JUDGE
@@ -927,7 +930,7 @@ BROKEN = {
 def models_folder(tmp_path_factory, tiny_tokenizer):
     """Policies and judges, good and bad: see the names; adapters whose base is gone, and one whose base is not."""
     folder = tmp_path_factory.mktemp("models")
-    size = {"vocab_size": len(tiny_tokenizer), "n_positions": 64, "n_layer": 1, "n_embd": 16, "n_head": 2}
+    size = {"vocab_size": len(tiny_tokenizer), "n_positions": 64, "n_layer": 2, "n_embd": 16, "n_head": 2}
     save_model(GPT2LMHeadModel(GPT2Config(**size)), tiny_tokenizer, folder / "policy")
     save_model(GPT2LMHeadModel(GPT2Config(**{**size, "n_embd": 32})), tiny_tokenizer, folder / "wide")
     words = train_tokenizer(["no word of a film"], 270)
@@ -1149,11 +1152,11 @@ def test_a_world_that_is_made_is_checked_early(in_world, monkeypatch, capfd, fla
     assert fragment in capfd.readouterr().err
 
 
-def check_refusal(workplace, capfd, case):
-    """Run the script of a case: it must exit with 2 and one line of readable length, and leave the folder as it was."""
+def check_refusal(workplace, capfd, case, start=lambda script, flags: MAINS[script](flags)):
+    """Start the script of a case: it must exit with 2 and one short line, and leave the folder as it was."""
     before = snapshot(workplace)
     with pytest.raises(SystemExit) as stop:
-        MAINS[case.script]([*FLAGS[case.script].split(), *case.flags.split()])
+        start(case.script, [*FLAGS[case.script].split(), *case.flags.split()])
     assert stop.value.code == 2
     lines = [line for line in capfd.readouterr().err.split("\n") if line.strip()]
     lines = [line for line in lines if not (case.late and line.startswith("\r"))]  # progress bars
@@ -1165,6 +1168,14 @@ def check_refusal(workplace, capfd, case):
     assert {path: after.get(path) for path in before} == before
     if not case.late:
         assert after.keys() == before.keys()
+
+
+# What only transformers' classes and the values of the tensors show
+MODELS_NOT_EARLY = {
+    "tensors of other names", "weights NaN", "judge NaN", "a width that its heads cannot share",
+    "a tokenizer with code of its own", "EOS of the generation config as text", "judge whose labels are a list",
+    "judge whose labels are no numbers",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -1183,7 +1194,17 @@ def test_a_broken_model_is_one_line_and_exit_code_2(workplace, capfd, recwarn, m
     broken.change(workplace / "broken")
     for file, content in broken.files.items():
         (workplace / file).write_bytes(content)
-    check_refusal(workplace, capfd, Case(script, flags, broken.fragment, late=broken.late))
+    case = Case(script, flags, broken.fragment, late=broken.late)
+    if name in MODELS_NOT_EARLY:
+        assert refused_early(monkeypatch, capfd, script, flags) == (None, "")
+        check_refusal(workplace, capfd, case)
+    else:
+
+        def early(script, flags):
+            monkeypatch.setattr("sys.argv", ["script", *flags])
+            refuse_mistakes(OPTIONS[script])
+
+        check_refusal(workplace, capfd, case, early)
     assert not recwarn.list
     assert not questions  # transformers would ask whether to run the code
     assert not (workplace / "executed").exists()
@@ -1327,7 +1348,7 @@ def test_the_scripts_take_odd_text(workplace, capsys):
 
 
 GPT2 = {"model_type": "gpt2", "n_layer": 3, "n_embd": 4, "vocab_size": 9}
-SHAPES = {"transformer.wte.weight": (9, 4), "transformer.ln_f.weight": (4,)} | {
+SHAPES = {"transformer.wte.weight": (9, 4), "transformer.wpe.weight": (8, 4), "transformer.ln_f.weight": (4,)} | {
     f"transformer.h.{i}.{name}": shape for i in range(3) for name, shape in (("a.weight", (4, 12)), ("a.bias", (12,)))
 }
 
@@ -1339,12 +1360,15 @@ SHAPES = {"transformer.wte.weight": (9, 4), "transformer.ln_f.weight": (4,)} | {
         ({"transformer.h.2.a.bias": (11,)}, {}, "such as transformer.h.0.a.bias"),  # one of the three is wrong
         ({"transformer.wte.weight": (8, 4)}, {}, "lack 1 tensors, such as transformer.wte.weight"),
         ({"transformer.wte.weight": None}, {}, "lack 1 tensors, such as wte.weight"),
+        ({"transformer.ln_f.weight": None}, {}, "lack 1 tensors, such as ln_f.weight"),
+        ({"transformer.wpe.weight": (8, 5)}, {}, "lack 1 tensors, such as transformer.wpe.weight"),
         ({}, {"n_layer": 4}, "lack 2 tensors, such as transformer.h.3.a.bias"),
-        ({}, {"n_embd": 8}, "such as transformer.wte.weight"),
+        ({}, {"n_embd": 8}, "lack 3 tensors, such as transformer.ln_f.weight"),
         ({}, {}, ""),
         ({}, {"n_layer": 2}, ""),  # what is too much, transformers leaves alone
         ({"transformer.h.1.a.weight": None}, {"model_type": "jamba"}, ""),  # whose blocks differ
-        ({"transformer.h.1.a.weight": None}, {"n_embd": "four"}, ""),  # transformers says what is wrong with it
+        ({}, {"n_embd": "four"}, "n_embd in its config.json must be a whole number, not 'four'"),
+        ({}, {"n_embd": "four", "model_type": "jamba"}, ""),  # transformers says what is wrong with it
     ],
 )
 def test_tensors_by_their_names(changes, config, fragment):

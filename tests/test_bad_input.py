@@ -1,5 +1,6 @@
 """The command line: a mistake is exit code 2 and one line that names file, line or flag; nothing is overwritten."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -36,6 +37,7 @@ from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.lora import add_lora, save_adapter
 from rlhf_min.models import save_model
 from rlhf_min.options import parse_options, refuse_mistakes
+from rlhf_min.preflight import check_device
 from rlhf_min.pretrain import train_tokenizer
 from rlhf_min.sources import check_tensors
 
@@ -1409,6 +1411,9 @@ MISTAKES = {
         ("--policy owner/name", "the hub cannot be reached"),
         ("--reward-model functions.f", "no function f"),
         ("--resume --out=", "--resume needs --out"),
+        ("--device banana", "--device banana is not to be had"),
+        ("--reward-model misfit", "does not fit the model in wide"),
+        ("--reward-model headless", "lack 1 tensors, such as score.weight"),
         ("--out policy", "--out policy holds"),
         ("--policy judge", "judge is a classifier, not a language model"),
         ("--policy adapted_judge", "adapted_judge is a classifier, not a language model"),
@@ -1458,11 +1463,14 @@ def test_mistakes_are_refused_before_torch_is_imported(workplace, monkeypatch, s
     chats = ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]} for _ in range(20))
     (workplace / "chat_pairs.jsonl").write_bytes(rows(*chats))
     for name, change in (
-        ("cut", cut(-9)),
-        ("pickled", put(model__safetensors=None, pytorch_model__bin=PICKLE)),
-        ("refusing", put(chat_template__jinja=b"{{ raise_exception('no films') }}")),
+        ("policy cut", cut(-9)),
+        ("policy pickled", put(model__safetensors=None, pytorch_model__bin=PICKLE)),
+        ("policy refusing", put(chat_template__jinja=b"{{ raise_exception('no films') }}")),
+        ("adapted_judge misfit", also(ADAPTER_CONFIG, base_model_name_or_path="wide")),
+        ("judge headless", tensors(lambda t: t.pop(HEAD))),
     ):
-        shutil.copytree(workplace / "policy", workplace / name)
+        model, name = name.split()
+        shutil.copytree(workplace / model, workplace / name)
         change(workplace / name)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
@@ -1481,13 +1489,24 @@ def test_mistakes_are_refused_before_torch_is_imported(workplace, monkeypatch, s
         assert fragment in line
 
 
-def test_a_device_that_is_not_there_is_refused_before_transformers_models_are_imported(workplace):
-    """Only torch knows the devices, so this mistake waits for torch, but for nothing else."""
-    program = EARLY.replace("SCRIPT", repr(str(ROOT / "train_warp.py"))).replace('"torch" in sys.modules or ', "")
-    flags = json.dumps([[*FLAGS["warp"].split(), "--device", "cuda:99"]])
-    done = subprocess.run([sys.executable, "-c", program, flags], capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr.count("\n")) == ("2 False\n", 1)
-    assert "--device cuda:99 is not to be had" in done.stderr
+@pytest.mark.parametrize(
+    ("built", "name", "there"),
+    [
+        ({"cuda": None}, "cuda", False),
+        ({"cuda": None, "hip": None}, "cuda:1", False),
+        ({"cuda": "12.8", "hip": None}, "cuda:99", True),  # torch itself counts the GPUs
+        ({"cuda": None, "hip": "6.3"}, "cuda", True),
+        ({"cuda": None}, "cpu", True),
+        ({"cuda": None}, "auto", True),
+        ({"cuda": "12.8"}, "banana", False),
+        ({"cuda": "12.8"}, "cuda:x", False),
+    ],
+)
+def test_a_torch_without_cuda_is_told_by_its_version(monkeypatch, built, name, there):
+    """T59: a device that no GPU could be is refused without torch; where there may be one, torch is asked."""
+    monkeypatch.setattr("runpy.run_path", lambda path: built if Path(path).name == "version.py" else {})
+    with contextlib.nullcontext() if there else pytest.raises(UserError, match=f"--device {name} is not to be had"):
+        check_device(name)
 
 
 def test_an_uncaught_mistake_is_the_exit_code_of_the_process(workplace):

@@ -98,7 +98,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 def endpoint(monkeypatch):
     """A server on this machine in the hub's place; its class says what it answers."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Answers", (Answer,), {"asked": []}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)

@@ -43,6 +43,9 @@ class EvaluateOptions(SamplingOptions):
     def policy_names(self):
         return [*self.policies, *map(sft_of, self.front), *(f"{run}/merged" for run in self.front)]
 
+    def judge_specs(self):
+        return self.judges or [f"reward={toy.REWARD_MODEL}", *toy.JUDGES]
+
     def draw_from(self, prompts, others):
         prompts = without(prompts, others)
         if len(prompts) < self.num_prompts:
@@ -153,9 +156,8 @@ def main(argv=None):
     options.check()
     device = resolve_device(options)
     log = RunLog(options)
-    judged_by_toy = [] if options.judges else [toy.REWARD_MODEL]
-    options.judges = options.judges or [f"reward={toy.REWARD_MODEL}", *toy.JUDGES]
-    train_rm.prepare_inputs(options.files(), [*options.policies, *judged_by_toy])
+    options.judges = options.judge_specs()
+    train_rm.prepare_inputs(options.files(), options.model_names())
     judges = load_judges(options.judges, device)
 
     if options.front:
@@ -164,8 +166,7 @@ def main(argv=None):
     else:
         rows = compare(judges, options, device)
         fronts = {row["policy"]: [row] for row in rows if row["kl"] == row["kl"]}  # KL is NaN across tokenizers
-    names = [name for name in rows[-1] if not name.endswith(("_se", "_low", "_high"))]
-    table = format_table(rows, names)
+    table = format_table(rows)
     print("\n" + table + "\n")
     with log.running():
         (log.folder / "table.md").write_text(table + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@
     python train_reinforce.py --reward-model runs/toy/ordinal_reward_model --sigma advantage --lora-r 8 --lr 3e-4
     torchrun --nproc-per-node 2 train_reinforce.py          # two processes share each batch
 
-The mathematics is in rlhf_min/reinforce.py; `diff train_reinforce.py train_warp.py` shows what WARP adds. Other than in
+The mathematics is in rlhf_min/reinforce.py; `diff train_reinforce.py train_warp.py` shows what WARP adds. Unlike in
 most libraries, an answer's tokens share one advantage, a batch makes one step, and nothing is clipped but the gradient.
 """
 
@@ -135,7 +135,7 @@ def main(argv=None):
     log = RunLog(options)
     log.team = parallel.everyone()
     log.team.check(options.batch_size, options.num_generations)
-    parallel.one_a_machine(train_rm.prepare_inputs, options.files(), [options.policy, options.reward_model])
+    parallel.one_a_machine(train_rm.prepare_inputs, options.files(), options.model_names())
     policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
     options.check_sigma(judges["reward"].has_sigma)
     sft = None if options.lora_r else get_weights(policy)
@@ -153,9 +153,8 @@ def main(argv=None):
         save_model(merge_lora(policy), tokenizer, log.folder / "model")
         plot_metrics(log.metrics(), ["reward", "kl"], log.folder / "steps.png")
         rows = {"before": summarise(before, judges), "after": summarise(after, judges)}
-        names = [name for name in rows["after"] if not name.endswith("_se")]
         print("\nHeld-out prompts, before and after\n")
-        print(format_table([{"policy": name, **row} for name, row in rows.items()], ["policy", *names]))
+        print(format_table([{"policy": name, **row} for name, row in rows.items()]))
         samples = print_samples(before, after)
         log.finish(**rows, samples=samples)
 

@@ -59,11 +59,14 @@ class RewardModelOptions(LoRAOptions):
     def files(self):
         return [self.data, self.eval_data]
 
+    def model_names(self):
+        return [self.base]
+
     def check(self):
         if self.data == toy.TRAIN_PAIRS:
             self.eval_data = self.eval_data or toy.EVAL_PAIRS
         super().check()
-        check_names(bases=[self.base])
+        check_names(bases=self.model_names())
         self.check_lora(self.base)
         if self.ties != "strict" and self.head == "scalar":
             raise UserError("--ties goes with --head ordinal only; leave one of them out")
@@ -269,7 +272,7 @@ def main(argv=None):
     log = RunLog(options)
     log.team = parallel.everyone()
     log.team.check(options.batch_size)
-    parallel.one_a_machine(prepare_inputs, options.files(), [options.base])
+    parallel.one_a_machine(prepare_inputs, options.files(), options.model_names())
     model, tokenizer = load_base(options, device)
     max_length = min(options.max_length, context_length(model))
     train_rows, eval_rows, dropped = encode_rows(options, tokenizer, max_length)

@@ -180,7 +180,7 @@ def main(argv=None):
     log = RunLog(options)
     log.team = parallel.team_of_run(options.runs)
     log.team.check(options.batch_size)
-    parallel.one_a_machine(train_rm.prepare_inputs, options.files(), [options.policy, options.reward_model])
+    parallel.one_a_machine(train_rm.prepare_inputs, options.files(), options.model_names())
     policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
 
     with log.running(policy=policy, judges=judges, prompts=prompts, eval_prompts=eval_prompts):
@@ -195,8 +195,7 @@ def main(argv=None):
         series = lambda row: f"iteration {row['iteration']} run {row['run']}"
         plot_metrics(log.metrics(), ["reward", "kl"], log.folder / "steps.png", series=series)
         plot_front({f"lr {options.lr:g}": front}, list(judges), log.folder / "front.png")
-        names = [name for name in front[0] if not name.endswith("_se")]
-        print("\nThe front: (1−η) θ_sft + η θ_slerp on held-out prompts\n\n" + format_table(front, names))
+        print("\nThe front: (1−η) θ_sft + η θ_slerp on held-out prompts\n\n" + format_table(front))
         samples = print_samples(columns[0], columns[-1])
         print_geometry(geometry, options)
         log.finish(front=front, samples=samples, geometry=geometry, mu_T=options.mu * options.steps)

@@ -45,6 +45,7 @@ class BaselineOptions(train_reinforce.ReinforceOptions):
     """Compare baselines: the gradient's variance at a fixed policy, then training at equal numbers of answers."""
 
     script: ClassVar[str] = "benchmarks/baselines.py"
+    parallel: ClassVar[bool] = False
 
     sequences: int = option(64, "answers a batch", low=8)
     batches: int = option(200, "batches of the variance", low=2)
@@ -176,7 +177,7 @@ def main(argv=None):
     with log.running():
         gradients, reference, spread = measure_gradients(policy, tokenizer, judges["reward"], prompts, options, log)
         table = variance_table(gradients, reference, spread)
-        text = format_table(table, [name for name in table[0] if not name.endswith("_se")])
+        text = format_table(table)
         text += "\n\nvariance of the reward: " + ", ".join(f"{name} {value:.3f}" for name, value in spread.items())
         rows = (
             train_at_equal_sequences(policy, tokenizer, judges, prompts, eval_prompts, options, log)
@@ -184,7 +185,7 @@ def main(argv=None):
             else []
         )
         if rows:
-            text += "\n\n" + format_table(rows, [name for name in rows[0] if not name.endswith("_se")])
+            text += "\n\n" + format_table(rows)
         print("\n" + text + "\n")
         (log.folder / "table.md").write_text(text + "\n", encoding="utf-8")
         log.finish(variance=table, spread=spread, training=rows)

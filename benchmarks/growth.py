@@ -2,8 +2,8 @@
 
     python benchmarks/growth.py --out runs/growth
 
-One factor at a time is doubled, the others stay at 32 answers of 32 tokens, width 128 and M = 2; a GPT-2 of four blocks
-with random weights, whose answers hardly ever end early, and a reward model of the same shape. A step is what
+One factor at a time is doubled, the others stay at 32 answers of 32 tokens, width 128 and one run; a GPT-2 of four
+blocks with random weights, whose answers hardly ever end early, and a reward model of the same shape. A step is what
 train_warp.py does: rollout, reward, log-probs under policy, anchor and θ_sft, update, EMA; for M it is an iteration of
 M runs of ten steps, and their merge. `power` is the exponent p of seconds ∝ factor^p from the line above: 1 is linear.
 """
@@ -110,7 +110,7 @@ def main(argv=None):
                 above = value, seconds
                 rows.append({"factor": factor, "value": value, "seconds": seconds, "power": power})
                 print(rows[-1], flush=True)
-        text = format_table(rows, list(rows[0]))
+        text = format_table(rows)
         print("\n" + text)
         (log.folder / "table.md").write_text(text + "\n", encoding="utf-8")
         plot_growth(rows, log.folder / "growth.png")

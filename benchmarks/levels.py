@@ -48,6 +48,7 @@ class LevelOptions(train_reinforce.ReinforceOptions):
     """Train reward models of both levels and a policy for every arm, and compare them."""
 
     script: ClassVar[str] = "benchmarks/levels.py"
+    parallel: ClassVar[bool] = False
 
     seeds: int = option(4, "repetitions", low=1)
     save_every: int = option(0, "no checkpoints: a comparison is not resumed", low=0, high=0)
@@ -156,8 +157,7 @@ def main(argv=None):
             tables[at] = [{"arm": arm, **over_seeds(rows)} for (arm, when), rows in results.items() if when == at]
         text = ""
         for title, rows in tables.items():
-            names = [name for name in max(rows, key=len) if not name.endswith("_se")]
-            text += f"{title}\n\n{format_table(rows, names)}\n\n"
+            text += f"{title}\n\n{format_table(rows)}\n\n"
         print("\n" + text)
         (log.folder / "table.md").write_text(text, encoding="utf-8")
         log.finish(**tables, by_seed={f"{arm}, {at}": rows for (arm, at), rows in results.items()})

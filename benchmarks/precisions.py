@@ -65,7 +65,7 @@ def main(argv=None):
             held_out = {f"held-out {name}": after[name] for name in ("reward", "kl")}
             held_out["held-out reward_se"] = after["reward_se"]
             rows.append({"precision": precision, **means, "skipped steps": skipped, **held_out})
-        text = format_table(rows, [name for name in rows[0] if not name.endswith("_se")])
+        text = format_table(rows)
         print("\n" + text)
         (log.folder / "table.md").write_text(text + "\n", encoding="utf-8")
         plot_metrics(metrics, ["reward", "kl"], log.folder / "precisions.png", series=lambda row: row["precision"])

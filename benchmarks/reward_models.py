@@ -113,8 +113,7 @@ def main(argv=None):
     rows = [{"reward_model": name, **measure(judge, pairs, ratings, options.max_length)}
             for name, judge in judges.items()]  # fmt: skip
     with log.running():
-        names = [name for name in max(rows, key=len) if not name.endswith("_se")]
-        table = format_table(rows, names)
+        table = format_table(rows)
         print("\n" + table + "\n")
         (log.folder / "table.md").write_text(table + "\n", encoding="utf-8")
         log.finish(rows=rows)

@@ -102,7 +102,7 @@ def main(argv=None):
         warm = [mib for done, mib in samples if done > options.runs * options.steps]
         middle = statistics.median(warm)
         spread = max(max(warm) / middle - 1, 1 - min(warm) / middle)
-        text = format_table(table, list(table[0]))
+        text = format_table(table)
         text += f"\n\n{len(rows)} steps, metrics {'complete' if complete else 'INCOMPLETE'}; "
         text += f"after the first iteration {middle:.0f} MiB ± {100 * spread:.1f} %"
         print("\n" + text)

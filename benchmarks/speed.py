@@ -1,15 +1,15 @@
 """Seconds and memory, side by side with what people would use instead: TRL, PEFT, transformers' generate, mergekit.
 
     pip install -e '.[bench]'
-    python benchmarks/speed.py --out runs/speed                       # every row, fifteen minutes on two cores
+    python benchmarks/speed.py --out runs/speed                       # the rows for a CPU, fifteen minutes on two cores
     python benchmarks/speed.py --rows sample-4x128 merge --repeats 9
     python benchmarks/speed.py --device cuda --precision bf16 --rows sample-smollm2 step-gpt2-64 lora-pass merge
 
 Both sides take turns, on the same model, batch and tokens, after two turns that are not counted; the ratio is the
 median over the turns of peer ÷ ours. Each side has a process of its own; its memory is the largest resident set less
 that before the models were made, or on a GPU what torch allocated at most. The floor is what the machine could do at
-best: the FLOPs of all matrix products over the rate of a large one, or the bytes that must be read and written over the
-rate of a large copy, both measured in the same run.
+best: the FLOPs of all matrix products over the rate of a large one, and the bytes that must be read over the rate of a
+large sum; for a merge, the time to read three sets of weights and write one. All are measured in the same run.
 """
 
 import json
@@ -108,7 +108,7 @@ class Turns:
         )
         print(json.dumps({"seconds": self.start and now - self.start, "mib": peak}), flush=True)
         if not sys.stdin.readline():
-            os._exit(0)
+            raise SystemExit
         self.start = time.perf_counter()
 
     def take(self, turn):
@@ -155,7 +155,6 @@ class ReinforceStep:
 
     def __init__(self, shape, batch_size, answer=ANSWER):
         self.shape, self.batch_size, self.answer = shape, batch_size, answer
-        self.model = gpt2
 
     def build(self, folder):
         tokenizer = tokenizer_of(self.shape["vocab_size"])
@@ -483,8 +482,9 @@ def measure(name, options, machine):
             memory.append(taken["mib"])
     for worker in workers.values():
         worker.close()
-    row.build(tempfile.mkdtemp())
-    floor = row.floor(machine)
+    with tempfile.TemporaryDirectory() as folder:
+        row.build(folder)
+        floor = row.floor(machine)
     ratios = [theirs / ours for ours, theirs in zip(turns["ours"], turns["theirs"])]
     spread = lambda values, digits=3: (
         f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
@@ -514,7 +514,7 @@ def main(argv=None):
         for name in options.rows:
             rows.append(measure(name, options, machine))
             print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
-        text = format_table(rows, list(rows[0]))
+        text = format_table(rows)
         text += (f"\n\n{options.device}, {options.precision}, {torch.get_num_threads()} threads: "
                  f"{machine.flops / 1e9:.0f} GFLOP/s, reading {machine.bandwidth / 1e9:.0f} GB/s")  # fmt: skip
         print("\n" + text)

@@ -292,7 +292,6 @@ def hold_out_of(prompts, eval_prompts, count):
     """What `count` prompts are held out of: `eval_prompts` if there are any, else `prompts`, of which one must stay."""
     candidates = without(eval_prompts, prompts) if eval_prompts else prompts
     if len(candidates) < count + (not eval_prompts):
-        count_all = len(prompts) + (len(candidates) if eval_prompts else 0)
-        raise UserError(f"{count_all} distinct prompts are too few to hold out {count} of them; "
+        raise UserError(f"{len(candidates)} distinct prompts are too few to hold out {count} of them; "
                         "lower --num-eval-prompts or give more")  # fmt: skip
     return candidates

@@ -1,4 +1,4 @@
-"""The next token's logits, fast: the one room in which speed goes before plainness. What it computes is model(tokens).
+"""The next token's logits, fast: here speed goes before plainness. What it computes is model(tokens).
 
 A token of B answers is a product of every weight with B rows, so reading the weights is what it costs. Therefore they
 are laid out for that once a rollout: adapters merged, in the dtype of autocast, on a CPU in oneDNN's order, which reads
@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from .lora import LoRALayer, replace_module
 
 PACK_FROM = 2**17  # weights of a matrix; below, oneDNN's call costs more than its order saves
+PACK_UP_TO = 32  # rows; beyond, computing is what a product costs, and a second copy of the weights gains little
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "gpt_neox")  # whose attention is full, and reads the mask alone
 
 
@@ -159,7 +160,7 @@ class _Linear(nn.Module):
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self.onednn = device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
         self.onednn &= hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        self.onednn &= weight.numel() >= PACK_FROM
+        self.onednn &= weight.numel() >= PACK_FROM and rows <= PACK_UP_TO
         if self.onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         else:

@@ -49,7 +49,7 @@ def explain(error):
 
 
 def one_line_errors(main):
-    """Decorate a script's ``main``: a UserError becomes one line on stderr and exit code 2."""
+    """Decorate a script's ``main``: what `explain` has words for becomes one line on stderr and an exit code."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):

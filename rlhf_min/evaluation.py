@@ -157,8 +157,8 @@ def print_samples(before, after, count=3):
     return samples
 
 
-def format_table(rows, columns):
-    """Rows (dictionaries) as a Markdown table.
+def format_table(rows):
+    """Rows (dictionaries) as a Markdown table with all of their columns, those of the longest row first.
 
     Where the row has them, `column` shows `column_se` behind ±, or `column_low` and `column_high` in brackets.
     """
@@ -172,5 +172,7 @@ def format_table(rows, columns):
         interval = f" [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]" if f"{name}_low" in row else ""
         return f"{value:.3f}" + (interval if error is None or math.isnan(error) else f" ± {error:.3f}")
 
+    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    columns = [name for name in columns if not name.endswith(("_se", "_low", "_high"))]
     lines = [columns, ["---"] * len(columns), *([cell(row, name) for name in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -64,6 +64,10 @@ class RunOptions:
         """The files and hub data sets that the options name, "" where they name none."""
         return []
 
+    def model_names(self):
+        """The models that the options name."""
+        return []
+
     def check(self):
         """UserError for flags that do not go together and for names of what is not there or not what it should be."""
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not self.parallel:
@@ -97,6 +101,7 @@ class TrainingOptions(RunOptions):
         return Path(self.out) if self.resume and Path(self.out, "run.json").exists() else super().folder()
 
     def check(self):
+        """As RunOptions.check; with --resume, a run that has finished is left alone, with exit code 0."""
         super().check()
         if self.resume and Path(self.out, "summary.json").exists():
             if not Path(self.out, "model").exists():
@@ -111,7 +116,7 @@ class LoRAOptions(TrainingOptions):
     """LoRA, for what trains a reward model or a policy."""
 
     lora_r: int = option(0, "rank r of LoRA's adapters; 0 trains all weights", low=0)
-    lora_alpha: float = option(32.0, "α: the update is scaled by α/r", low=0)
+    lora_alpha: float = option(32.0, "α: the update is scaled by α/r", low=1e-6)
     lora_target_modules: list = option([], "last parts of the names of the modules that get an adapter "
                                            "(default: those of attention's queries and values)")  # fmt: skip
 
@@ -152,6 +157,9 @@ class SamplingOptions(RunOptions):
     def judge_names(self):
         """The same without their names."""
         return named_judges(self.judge_specs()).values()
+
+    def model_names(self):
+        return [*self.policy_names(), *self.judge_names()]
 
     def draw_from(self, prompts, others):
         """The prompts to draw the evaluation's from, given those of the two files; UserError where they are too few."""
@@ -198,7 +206,7 @@ class PolicyOptions(SamplingOptions, LoRAOptions):
     steps: int = option(100, "T: optimizer steps, of each policy", low=1)
     lr: float = option(1e-4, "AdamW learning rate", low=0)
     warmup_steps: int = option(0, "steps of linear warm-up", low=0)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", low=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", low=1e-6)
 
     def files(self):
         return [self.prompts, self.eval_prompts]

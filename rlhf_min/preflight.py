@@ -55,7 +55,7 @@ def check_names(files=(), policies=(), bases=(), judges=(), max_length=0):
         if file not in toy.FILES:
             check_source(file)
     for name in [*policies, *bases, *judges]:
-        if is_function(name):
+        if name in judges and is_function(name):
             import_function(name)
         elif not _to_be_made(name):
             check_model(name, judge=name in judges)

@@ -9,6 +9,7 @@ sequences. The loss is next-token cross-entropy, averaged over tokens:  L = −m
 from dataclasses import dataclass
 from typing import ClassVar
 
+from . import toy
 from .data import read_texts
 from .errors import UserError, one_line_errors
 from .options import TrainingOptions, option, parse_options, refuse_mistakes
@@ -20,7 +21,7 @@ class PretrainOptions(TrainingOptions):
 
     script: ClassVar[str] = "-m rlhf_min.pretrain"
 
-    data: str = option("runs/toy/reviews.jsonl", "texts: .jsonl(.gz) with a field 'text', or .txt with a text a line")
+    data: str = option(toy.REVIEWS, "texts: .jsonl(.gz) with a field 'text', or .txt with a text a line")
     vocab_size: int = option(600, "entries of the BPE vocabulary", low=260)
     layers: int = option(2, "transformer blocks", low=1)
     width: int = option(64, "size of the residual stream, a multiple of 32", low=32)
@@ -113,6 +114,8 @@ def main(argv=None):
     options.check()
     device = resolve_device(options)
     log = RunLog(options)
+    if options.data in toy.FILES:
+        toy.ensure_texts()
     texts = list(read_texts(options.data))
     with log.running(texts=texts):
         torch.manual_seed(options.seed)

@@ -131,8 +131,7 @@ def token_logprobs(model, rollout, temperature, weights=None):
 class _ChosenLogprob(torch.autograd.Function):
     """log p_y = z_y/τ − log Σ_v e^(z_v/τ), whose gradient in z is (1_y − p)/τ: two passes and no copy of (B, T, V).
 
-    Autograd's own way keeps logits/τ and builds the gradients of gather and logsumexp apart. In float32. The gradient
-    takes the place of the logits, which therefore nothing else may need; a second backward pass is refused by autograd.
+    Autograd's own way keeps logits/τ and builds the gradients of gather and logsumexp apart. In float32.
     """
 
     @staticmethod
@@ -147,10 +146,11 @@ class _ChosenLogprob(torch.autograd.Function):
     def backward(ctx, gradient):
         logits, tokens, total = ctx.saved_tensors
         scale = gradient / ctx.temperature  # (B, T)
-        for z, y, norm, s in zip(logits, tokens, total, scale):  # s (1_y − p), rounded to half precision once
+        out = torch.empty_like(logits)
+        for z, y, row, norm, s in zip(logits, tokens, out, total, scale):  # s (1_y − p), rounded to half precision once
             p = (z.float() / ctx.temperature - norm).exp_()
-            z.copy_(p.mul_(-s[:, None]).scatter_add_(-1, y[:, None], s[:, None]))
-        return logits, None, None
+            row.copy_(p.mul_(-s[:, None]).scatter_add_(-1, y[:, None], s[:, None]))
+        return out, None, None
 
 
 def decode_completions(tokenizer, rollout):

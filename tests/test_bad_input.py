@@ -263,6 +263,9 @@ CASES = {
     # REINFORCE
     "missing prompts of reinforce": Case("reinforce", "--prompts none.jsonl", "none.jsonl: no such file"),
     "missing held-out prompts of reinforce": Case("reinforce", "--eval-prompts none.jsonl", "none.jsonl: no such file"),
+    "policy with a dot": Case("reinforce", "--policy my-model-1.5b", "my-model-1.5b: no such folder"),
+    "function as policy": Case("rm", "--base functions.few", "functions.few: no such folder"),
+    "gradients clipped to 0": Case("warp", "--max-grad-norm 0", "--max-grad-norm must be at least"),
     "missing policy of reinforce": Case("reinforce", "--policy nowhere", "nowhere: no such folder"),
     "missing reward model": Case("reinforce", "--reward-model runs/rm", "runs/rm: no such folder"),
     "unknown reward function": Case("reinforce", "--reward-model functions.f", "no function f"),

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, GPT2ForSequenceClassification
 
 import train_reinforce
-from benchmarks import baselines, growth, levels, precisions, reward_models, small_smollm2, speed
+from benchmarks import baselines, growth, levels, precisions, reward_models, small_smollm2, soak, speed
 from benchmarks.baselines import BaselineOptions, measure_gradients, variance_table
 from benchmarks.levels import LevelOptions, arm_settings, over_seeds
 from benchmarks.reward_models import calibration_error, load_rated_pairs, measure, spearman
@@ -35,6 +34,15 @@ def prompts(tokenizer):
 
 def tensor(*values):
     return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("module", [baselines, growth, levels, precisions, reward_models, small_smollm2, soak, speed])
+def test_a_benchmark_is_one_process(module, monkeypatch, capsys):
+    """torchrun is refused, also by those whose options come from a script that it may start."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        module.main([])
+    assert "start it without torchrun" in capsys.readouterr().err
 
 
 # reward_models.py
@@ -455,8 +463,7 @@ def test_a_worker_takes_turns(monkeypatch, capsys):
     """It is ready, takes a turn for each line, says how long it took, and ends where the line is closed."""
     answers, done = iter(["go\n", "go\n", ""]), []
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(readline=lambda: next(answers)))
-    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit):
         speed.Turns(SimpleNamespace(device="cpu")).take(lambda: done.append(time.sleep(0.01)))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(done) == 2

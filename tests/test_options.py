@@ -13,7 +13,7 @@ from rlhf_min.errors import UserError
 from rlhf_min.options import option, parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKS = {"check", "check_rows", "check_sigma", "draw_from", "files", "folder", "load_prompts", "split"}
+CHECKS = {"check", "check_rows", "check_sigma", "draw_from", "files", "folder", "judge_specs", "load_prompts", "split"}
 
 
 @dataclass

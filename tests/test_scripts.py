@@ -15,9 +15,10 @@ import evaluate
 import train_reinforce
 import train_rm
 import train_warp
-from rlhf_min import models, precision, toy
+from rlhf_min import models, precision, pretrain, toy
 from rlhf_min.data import load_pairs
 from rlhf_min.lora import read_adapter
+from rlhf_min.options import parse_options
 from rlhf_min.reward_model import load_judge
 from rlhf_min.rollout import sample
 from tests.kills import without_seconds
@@ -593,6 +594,37 @@ def test_a_run_without_a_model_is_not_cached(tmp_path):
     toy.ensure_run(str(folder), main)
     toy.ensure_run(str(folder), main)
     assert calls == [["--out", str(folder), "--resume"], ["--out", str(folder)]]
+
+
+def test_every_model_of_the_world_that_is_named_is_made(monkeypatch, tmp_path):
+    """Policies, reward models and further judges alike, and the default judges of evaluate.py."""
+    made = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toy, "ensure_texts", lambda: made.append("texts"))
+    monkeypatch.setattr(toy, "ensure_run", lambda folder, main, flags=(): made.append(Path(folder).name))
+    ordinal = ["--judges", f"o={toy.ORDINAL_REWARD_MODEL}"]
+    for options_class, argv, names in (
+        (train_reinforce.ReinforceOptions, ordinal, ["policy", "reward_model", "ordinal_reward_model"]),
+        (train_warp.WarpOptions, ["--policy", "other"], ["policy", "reward_model"]),
+        (train_rm.RewardModelOptions, [], ["policy"]),
+        (evaluate.EvaluateOptions, ["--policies", toy.POLICY], ["policy", "reward_model"]),
+        (evaluate.EvaluateOptions, ["--policies", "other", *ordinal], ["policy", "ordinal_reward_model"]),
+    ):
+        options = parse_options(options_class, argv)
+        train_rm.prepare_inputs(options.files(), options.model_names())
+        assert made == ["texts", *names]
+        made.clear()
+
+
+def test_pretraining_makes_the_texts_of_the_world(monkeypatch, tmp_path):
+    """On a fresh machine, too, the README's command finds them."""
+    monkeypatch.chdir(tmp_path)
+    write = toy.write_world
+    monkeypatch.setattr(
+        toy, "write_world", lambda folder: write(folder, reviews=30, train_pairs=4, eval_pairs=4, prompts=4)
+    )
+    pretrain.main(["--data", toy.REVIEWS, "--epochs", "1", "--width", "32", "--out", "run"])
+    assert Path("run/model").is_dir()
 
 
 def readme_commands():

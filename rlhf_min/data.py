@@ -292,6 +292,6 @@ def hold_out_of(prompts, eval_prompts, count):
     """What `count` prompts are held out of: `eval_prompts` if there are any, else `prompts`, of which one must stay."""
     candidates = without(eval_prompts, prompts) if eval_prompts else prompts
     if len(candidates) < count + (not eval_prompts):
-        raise UserError(f"{len(candidates)} distinct prompts are too few to hold out {count} of them; "
-                        "lower --num-eval-prompts or give more")  # fmt: skip
+        few = "of --eval-prompts are not in --prompts" if eval_prompts else "distinct prompts"
+        raise UserError(f"{len(candidates)} {few}: too few to hold out {count}; lower --num-eval-prompts or give more")
     return candidates

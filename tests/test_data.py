@@ -308,8 +308,8 @@ def test_too_few_prompts_to_hold_out(tmp_path, tiny_tokenizer):
     """At least one prompt must be left to train on."""
     prompts = load_prompts(jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "b"}), tiny_tokenizer, 3, 32)
     for others in ([], prompts, prompts[:1]):
-        count = 0 if others else 2  # of the others, those that are trained on are none to hold out
-        with pytest.raises(UserError, match=f"^{count} distinct prompts are too few to hold out 2"):
+        few = "0 of --eval-prompts are not in --prompts" if others else "2 distinct prompts"
+        with pytest.raises(UserError, match=f"^{few}: too few to hold out 2"):
             split_prompts(prompts, others, 2, generator())
     assert [len(part) for part in split_prompts(prompts, [], 1, generator())] == [1, 1]
 

@@ -1,9 +1,9 @@
 """The next token's logits, fast: here speed goes before plainness. What it computes is model(tokens).
 
 A token of B answers is a product of every weight with B rows, so reading the weights is what it costs. Therefore they
-are laid out for that once a rollout: adapters merged, in the dtype of autocast, on a CPU in oneDNN's order, which reads
-them two to four times as fast as the order that training needs. Keys and values go into memory that is taken once, and
-on a GPU the step is recorded as one CUDA graph, since launching its kernels one by one takes longer than they do.
+are laid out for that once a rollout: adapters merged, in the dtype of autocast, on a CPU in oneDNN's order, which few
+rows read two to four times as fast as the order that training needs. Keys and values go into memory that is taken once,
+and on a GPU the step is recorded as one CUDA graph, since launching its kernels one by one takes longer than they do.
 """
 
 import torch

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import UserError, first_line
 from .files import whole, write_json
-from .sources import PREFIX, adapted_modules, read_adapter_header, unknown_target
+from .model_files import PREFIX, adapted_modules, read_adapter_header, unknown_target
 
 TARGETS = ("q_proj", "v_proj", "c_attn", "q_lin", "v_lin", "query", "value")  # Llama, GPT-2, DistilBERT, BERT
 HEADS = ("score", "classifier", "pre_classifier", "pooler")  # what a classifier has on top of its backbone

@@ -16,19 +16,16 @@ from transformers.utils import logging
 from .errors import UserError, first_line
 from .files import whole
 from .lora import is_head, load_adapter, lora_layers, merge_lora
-from .sources import (
-    base_of,
+from .model_files import (
     check_judge_config,
-    check_on_hub,
     check_policy_config,
-    find_model,
     head_labels,
     head_size,
-    is_adapter,
     is_classifier,
     lacking,
     no_tokenizer,
 )
+from .sources import base_of, check_on_hub, find_model, is_adapter
 
 logging.set_verbosity_error()  # e.g. the long report that a classifier's head is new, which train_rm says in one line
 logging.disable_progress_bar()

@@ -4,6 +4,7 @@ transformers' tokenizers do not import torch, so a prompt is tokenised as the ru
 told here for certain is left to the run, which checks all of it again.
 """
 
+import os
 import re
 import runpy
 from importlib.util import find_spec
@@ -14,26 +15,34 @@ from . import toy
 from .data import apply_chat_template
 from .errors import UserError, first_line
 from .files import read_json
-from .sources import (
-    base_of,
+from .model_files import (
+    OUTSIDE,
+    adapted_modules,
     check_fit,
     check_judge_config,
-    check_model,
     check_policy_config,
-    check_source,
-    find_model,
+    check_tensors,
     head_labels,
     head_size,
-    import_function,
-    is_adapter,
-    is_function,
+    is_classifier,
     label_names,
-    local_folder,
-    no_device,
     no_tokenizer,
     read_adapter_header,
     tensor_shapes,
     unknown_target,
+    weight_files,
+)
+from .sources import (
+    base_of,
+    check_on_hub,
+    check_source,
+    find_model,
+    import_function,
+    in_cache,
+    is_adapter,
+    is_function,
+    local_folder,
+    no_device,
 )
 
 FIRST = 1000  # so many rows are tokenised: a mistake that they all have shows, and a good run hardly waits
@@ -44,7 +53,7 @@ EXACT = {"TokenizersBackend", "PreTrainedTokenizer", "GPT2Tokenizer"}  # AutoTok
 def check_device(name):
     """UserError for what is neither CPU nor GPU, and for a GPU where torch was built without."""
     built = runpy.run_path(str(Path(find_spec("torch").origin).with_name("version.py")))
-    kind = re.fullmatch(r"(auto|cpu|cuda)(:\d+)?", name)
+    kind = re.fullmatch(r"auto|(cpu|cuda)(:[0-9]+)?", name)
     if not kind or (kind[1] == "cuda" and not built["cuda"] and not built.get("hip")):
         raise no_device(name)
 
@@ -69,6 +78,38 @@ def check_names(files=(), policies=(), bases=(), judges=(), max_length=0):
             check_judge_config(name, config)
     for name in [*policies, *bases, *judges]:
         _tokenizer_folder(name)
+
+
+def check_model(name, judge=False):
+    """UserError unless `name` is a model whose files are whole, or one that the hub or its cache can give.
+
+    A judge must bring its head; elsewhere train_rm.py makes a new one.
+    """
+    folder = Path(find_model(name))
+    if not os.path.exists(folder):
+        if not in_cache(name):
+            check_on_hub(name)
+        return
+    for file in ("config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json"):
+        if (folder / file).exists():
+            read_json(folder / file)
+    if not weight_files(folder):
+        raise UserError(f"{name}: no .safetensors in it; pickled weights could run code and are not read: convert them")
+    shapes = tensor_shapes(folder)
+    if is_adapter(folder):
+        adapted_modules(folder)
+        return
+    config = read_json(folder / "config.json")
+    if not _is_known(config.get("model_type")):
+        raise UserError(f"{name}: its config.json has model_type {config.get('model_type')!r}, which transformers does "
+                        "not know; code that a model brings along is not run")  # fmt: skip
+    check_tensors(name, shapes, config, len(label_names(config) or ()) if judge and is_classifier(config) else 0)
+
+
+def _is_known(family):
+    """Whether a model_type stands in the tables of transformers, which to import would take seconds."""
+    tables = Path(find_spec("transformers").origin).parent.glob("models/auto/*.py")
+    return isinstance(family, str) and any(f'"{family}"' in table.read_text(encoding="utf-8") for table in tables)
 
 
 def _to_be_made(name):
@@ -111,16 +152,17 @@ def has_sigma(judge):
 
 
 def check_targets(name, targets):
-    """UserError for a LoRA target that is no part of any tensor's name in the model's files."""
-    folder, there, linear = _folder(name), set(), set()
-    shapes = tensor_shapes(folder) if folder and targets and not is_adapter(folder) else {}
-    for key, shape in shapes.items():
+    """UserError for a LoRA target that is no part of any tensor's name, in families whose modules are named alike."""
+    folder, there, linear = _folder(name), {"lm_head"}, set()
+    if not folder or not targets or is_adapter(folder) or read_config(name).get("model_type") not in OUTSIDE:
+        return
+    for key, shape in tensor_shapes(folder).items():
         module = key.rpartition(".")[0].rpartition(".")[2]
         there.add(module)
         if re.search(r"\.\d+\..*\.weight$", key) and len(shape) == 2:
             linear.add(module)  # a matrix of a block
     for target in targets:
-        if there and target not in there:
+        if target not in there:
             raise unknown_target(target, linear)
 
 
@@ -142,14 +184,17 @@ def quick_tokenizer(name):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    kind = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class")).removesuffix("Fast")
+    kind = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class") or "").removesuffix("Fast")
+    if not kind:  # AutoTokenizer goes by the model, and so do the special tokens
+        return None, False
+    exact = kind in EXACT and read_config(name).get("model_type") != "qwen2"  # of which it always makes its own
     fast = transformers.PreTrainedTokenizerFast
     cls = getattr(transformers, kind, fast) if kind.endswith("Tokenizer") else fast
     try:
-        return (cls if issubclass(cls, fast) else fast).from_pretrained(folder, local_files_only=True), kind in EXACT
+        return (cls if issubclass(cls, fast) else fast).from_pretrained(folder, local_files_only=True), exact
     except Exception as error:
         read_json(folder / "tokenizer.json")  # UserError where it is cut off
-        if kind in EXACT:
+        if exact:
             raise UserError(f"{name} cannot be loaded: {first_line(error)}") from None
         return None, False  # the run itself says what is wrong with it
 

@@ -53,7 +53,8 @@ def slerp(a, b, lam):
         slerp(a, b, λ) = [ sin((1−λ)Ω) a + sin(λΩ) b ] / sin Ω,      Ω = ∠(a, b)
 
     λ = 0 gives a, λ = 1 gives b; equal norms are kept, where the linear mean would shrink them. a, b: tensors of one
-    shape. Returns a new tensor. Raises ValueError for opposite vectors.
+    shape. Returns a new tensor. Raises ValueError for opposite vectors. `merge` folds this over M task vectors, from
+    their inner products alone.
     """
     keep, take = _arc_weights(angle(a, b)[0], lam)
     return keep * a + take * b

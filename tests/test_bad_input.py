@@ -35,11 +35,11 @@ import train_warp
 from rlhf_min.data import load_pairs, load_prompts, read_prompts, read_rows, read_texts
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.lora import add_lora, save_adapter
+from rlhf_min.model_files import check_tensors
 from rlhf_min.models import save_model
 from rlhf_min.options import parse_options, refuse_mistakes
 from rlhf_min.preflight import check_device
 from rlhf_min.pretrain import train_tokenizer
-from rlhf_min.sources import check_tensors
 
 MAINS = {
     "warp": train_warp.main, "reinforce": train_reinforce.main, "rm": train_rm.main, "evaluate": evaluate.main,
@@ -264,6 +264,7 @@ CASES = {
     "missing prompts of reinforce": Case("reinforce", "--prompts none.jsonl", "none.jsonl: no such file"),
     "missing held-out prompts of reinforce": Case("reinforce", "--eval-prompts none.jsonl", "none.jsonl: no such file"),
     "policy with a dot": Case("reinforce", "--policy my-model-1.5b", "my-model-1.5b: no such folder"),
+    "policy of 5,000 letters": Case("warp", f"--policy {'x' * 5000}/y", "the hub cannot be reached"),
     "function as policy": Case("rm", "--base functions.few", "functions.few: no such folder"),
     "gradients clipped to 0": Case("warp", "--max-grad-norm 0", "--max-grad-norm must be at least"),
     "missing policy of reinforce": Case("reinforce", "--policy nowhere", "nowhere: no such folder"),
@@ -706,7 +707,7 @@ BROKEN = {
             put(model__safetensors__index__json={"metadata": {}, "weight_map": {WTE: "a.safetensors"}}),
             put(model__safetensors=None),
         ),
-        "no .safetensors",
+        "a.safetensors cannot be read",
     ),
     "pickled weights": Broken(
         "policy", put(model__safetensors=None, pytorch_model__bin=PICKLE), "pickled weights could run code", POLICY
@@ -1027,7 +1028,7 @@ def refused_early(monkeypatch, capfd, script, flags):
 
 def test_a_rank_is_checked_with_its_targets(workplace, monkeypatch, capfd):
     """A target that is there passes; so does any target of an adapter, whose base is not looked into."""
-    for flags in ("--lora-r 2 --lora-target-modules c_attn c_proj", "--lora-r 2"):
+    for flags in ("--lora-r 2 --lora-target-modules c_attn c_proj lm_head", "--lora-r 2"):
         assert refused_early(monkeypatch, capfd, "warp", flags) == (None, "")
 
 
@@ -1044,6 +1045,14 @@ LEGAL = {  # name → script, flags, and changes of copies of models, {copy: (or
     "adapted judge as base": ("rm", "--accept-weak --base adapted_judge", {}),
     "ratings and their sigma": (
         "reinforce", "--reward-model copy --sigma advantage", {"copy": ("two_labels", also("config.json", **RATINGS))},
+    ),
+    "another file of safetensors": (
+        "warp", "--policy copy", {"copy": ("policy", put(consolidated__safetensors=b"version https://git-lfs"))},
+    ),
+    "template of a tokenizer that goes by the model": (
+        "warp", CHATTY,
+        {"copy": ("policy", both(put(chat_template__jinja=TEMPLATE),
+                                 also("tokenizer_config.json", tokenizer_class=None)))},
     ),
     "world that is made later": ("reinforce", "--policy runs/toy/policy --reward-model runs/toy/reward_model", {}),
     "sigma of a world that is made later": (
@@ -1362,7 +1371,11 @@ SHAPES = {"transformer.wte.weight": (9, 4), "transformer.wpe.weight": (8, 4), "t
     ("changes", "config", "fragment"),
     [
         ({"transformer.h.1.a.weight": None}, {}, "lack 1 tensors, such as transformer.h.1.a.weight"),
-        ({"transformer.h.2.a.bias": (11,)}, {}, "such as transformer.h.0.a.bias"),  # one of the three is wrong
+        ({"transformer.h.2.a.bias": (11,)}, {}, "lack 1 tensors, such as transformer.h.2.a.bias"),
+        ({"transformer.h.0.{x}.weight": (1,), "a.{0}.1.weight": (2,)}, {}, ""),  # of what one block has, no notice
+        ({"mtp.h.3.a.weight": (3, 3), "v_head.norm.weight": (1,), "v_head.0.weight": (1,)}, {}, ""),
+        ({"transformer.wte.weight": None, "lm_head.weight": (9, 4)}, {}, ""),  # tied, under its other name
+        ({"transformer.wte.weight": None, "lm_head.weight": (9, 5)}, {}, "such as wte.weight"),
         ({"transformer.wte.weight": (8, 4)}, {}, "lack 1 tensors, such as transformer.wte.weight"),
         ({"transformer.wte.weight": None}, {}, "lack 1 tensors, such as wte.weight"),
         ({"transformer.ln_f.weight": None}, {}, "lack 1 tensors, such as ln_f.weight"),

@@ -12,11 +12,12 @@ from rlhf_min.batches import Batches, pad
 from rlhf_min.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_min.data import load_pairs, load_prompts, read_prompts, read_rows, read_texts, write_jsonl
 from rlhf_min.errors import UserError
+from rlhf_min.files import read_json
 from rlhf_min.lora import add_lora, load_adapter, read_adapter, save_adapter
 from rlhf_min.losses import ordinal_loss, pairwise_loss, preference_logprob, rating_mean_std
 from rlhf_min.options import parse_options
+from rlhf_min.preflight import check_model
 from rlhf_min.rollout import completion_mask
-from rlhf_min.sources import check_model, read_json
 from rlhf_min.warp import angle, interpolate, merge, slerp
 from train_warp import WarpOptions
 

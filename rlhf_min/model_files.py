@@ -1,0 +1,209 @@
+"""What a model's files say of it: config.json, and names and shapes of its tensors. No torch, no weights are read."""
+
+import math
+import re
+from pathlib import Path
+
+from safetensors import safe_open
+
+from .errors import UserError, first_line
+from .files import read_json
+
+_LLAMA, _BERT = ("embed_tokens", "norm"), ("word_embeddings", "position_embeddings")
+OUTSIDE = {  # modules outside of the blocks, the embedding first, by family, of those whose blocks are alike
+    "gpt2": ("wte", "wpe", "ln_f"), "gpt_neox": ("embed_in", "final_layer_norm"), "bert": _BERT, "distilbert": _BERT,
+    "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA,
+}  # fmt: skip
+HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # of sequence classifiers
+PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
+
+
+def header_shapes(path):
+    """{tensor's name: shape} of a safetensors file; UserError for one that is not whole."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:  # SafetensorError, or what the file system raises
+        raise UserError(f"{path} cannot be read: {first_line(error)}; is it a whole file?") from None
+
+
+def weight_files(folder):
+    """The safetensors files in which a model's weights, or an adapter's, are looked for."""
+    folder = Path(folder)
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        if (folder / name).is_file():
+            return [folder / name]
+    index = folder / "model.safetensors.index.json"
+    shards = read_json(index).get("weight_map") if index.is_file() else None
+    if isinstance(shards, dict):
+        return [folder / str(shard) for shard in sorted(set(map(str, shards.values())))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def tensor_shapes(folder):
+    """{tensor's name: shape} of a model's files."""
+    return {key: shape for path in weight_files(folder) for key, shape in header_shapes(path).items()}
+
+
+def check_tensors(name, shapes, config, labels=0):
+    """UserError where the blocks are not alike, or too few, or what is outside of them is not there or not as wide.
+
+    For {tensor's name: shape} and families of which that is known; `labels` is the size of a judge's head, or 0.
+    transformers, which knows all tensors of all families, takes seconds to say so. `lacking` words what both say.
+    """
+    if (family := str(config.get("model_type"))) not in OUTSIDE:
+        return
+
+    def size(*keys):
+        key = next((key for key in keys if config.get(key) is not None), None)
+        if key and not isinstance(config[key], int):
+            raise UserError(f"{name}: {key} in its config.json must be a whole number, not {config[key]!r}")
+        return key and config[key]
+
+    layers, width = size("num_hidden_layers", "n_layer", "n_layers"), size("hidden_size", "n_embd", "dim")
+    vocabulary, _ = size("vocab_size"), size("max_position_embeddings", "n_positions")
+    if None in (layers, width, vocabulary):
+        return
+    numbers, blocks, rest = set(), {}, {}
+    for key, shape in shapes.items():
+        if not (found := re.fullmatch(r"(.*?\.)([0-9]{1,6})(\..*)", key)):
+            rest.setdefault(".".join(key.split(".")[-2:]), []).append((key, shape))
+        elif (number := int(found[2])) < layers:  # of more than that, transformers takes no notice
+            numbers.add(number)
+            blocks.setdefault((found[1], found[3], shape), set()).add(number)
+    absent = {f"{start}{i}{end}" for (start, end, _), there in blocks.items() if 2 * len(there) >= len(numbers)
+              for i in range(min(layers, 10_000)) if i not in there}  # fmt: skip  # of what most blocks have
+    wanted = {f"{module}.weight": (width,) for module in OUTSIDE[family]}  # the last sizes of its shape
+    wanted[f"{OUTSIDE[family][0]}.weight"] = vocabulary, width
+    if any(shape == (vocabulary, width) for _, shape in rest.get("lm_head.weight", ())):
+        del wanted[f"{OUTSIDE[family][0]}.weight"]  # they may be tied, and stored under this name
+    if labels:
+        wanted[HEAD_WEIGHTS["bert" in family]] = labels, width
+    for key, last in wanted.items():
+        found = rest.get(key, [(key, ())])
+        if not any(shape[-len(last) :] == last for _, shape in found):
+            absent.add(found[0][0])
+    if absent:
+        raise lacking(name, absent)
+
+
+def lacking(name, absent):
+    """The UserError for tensors that are not there, or not as they should be."""
+    return UserError(f"{name}: its weights lack {len(absent)} tensors, such as {min(absent)}, or have other shapes")
+
+
+def read_adapter_header(folder):
+    """(config, {name in the model: shape}) of a folder in PEFT's format; UserError for one that is not plain LoRA."""
+    config = read_json(Path(folder, "adapter_config.json"))
+    shapes = header_shapes(Path(folder, "adapter_model.safetensors"))
+    extras = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")
+    extras = [key for key in extras if config.get(key)]
+    if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq")):
+        extras.append("init_lora_weights")
+    if config.get("peft_type") != "LORA" or extras or config.get("bias", "none") != "none":
+        found = ", ".join(extras) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise UserError(f"{folder}: {found} is not supported; only plain LoRA is")
+    return config, {name.removeprefix(PREFIX): shape for name, shape in shapes.items()}
+
+
+def adapted_modules(folder):
+    """{name: (in, out)} of the modules that an adapter changes; UserError where r, α, A and B do not go together."""
+    config, shapes = read_adapter_header(folder)
+    r, alpha, modules = config.get("r"), config.get("lora_alpha"), {}
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise UserError(f"{folder}: lora_alpha must be a number, not {alpha!r}")
+    adapted = {key.rpartition(".lora_")[0] for key in shapes if key.endswith((".lora_A.weight", ".lora_B.weight"))}
+    for name in sorted(adapted):
+        a, b = (shapes.get(f"{name}.lora_{side}.weight", ()) for side in "AB")
+        if not r or (len(a), len(b)) != (2, 2) or not a[0] == b[1] == r:
+            raise UserError(f"{folder}: {name} has lora_A {a} and lora_B {b}, which does not fit r {r}")
+        modules[name] = a[1], b[0]
+    if not modules:
+        raise UserError(f"{folder}: no lora_A and lora_B in its adapter_model.safetensors")
+    return modules
+
+
+def check_fit(adapter, base):
+    """UserError where a module of a block that an adapter changes has another shape in the files of its base."""
+    shapes, family = tensor_shapes(base), read_json(base / "config.json").get("model_type")
+    for name, (width_in, width_out) in adapted_modules(adapter).items():
+        if not re.search(r"\.\d+\.", name):
+            continue
+        parts = f"{name}.weight".split(".")
+        keys = {".".join(parts[i:]) for i in range(len(parts))}  # a hub's base may leave out the first part
+        found = [shapes[key] for key in keys if key in shapes]
+        if not found and str(family) in OUTSIDE:
+            raise UserError(f"{adapter}: {name} does not fit the model in {base}, which has no such module")
+        if found and sorted(found[0]) != sorted((width_in, width_out)):
+            raise UserError(f"{adapter}: {name} does not fit the model in {base}: it is for {width_in} × {width_out}, "
+                            f"not {' × '.join(map(str, found[0]))}")  # fmt: skip
+
+
+def head_size(adapter):
+    """How many logits the head has that an adapter brings with it; 0 without one."""
+    return next(
+        (shape[0] for name, shape in read_adapter_header(adapter)[1].items() if name in HEAD_WEIGHTS and shape), 0
+    )
+
+
+# What a config.json says, as the dictionary `config`. Of odd values nothing is said here: transformers refuses them.
+
+
+def is_classifier(config):
+    """Whether the model has a classification head."""
+    return "SequenceClassification" in str(config.get("architectures"))
+
+
+def label_names(config):
+    """The names of a classifier's labels in order; what is left out is as transformers fills it in. None if odd."""
+    names, count = config.get("id2label"), config.get("num_labels")
+    try:
+        if names is None:
+            return [f"LABEL_{i}" for i in range(2 if count is None else min(count, 9))]  # or ten billion
+        names = {int(i): str(label) for i, label in names.items()}
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        return None
+    return [str(names.get(i)) for i in range(len(names))] if count in (None, len(names)) else None
+
+
+def head_labels(count):
+    """What config.json calls the labels of a head of `count` logits: a reward has no name, ratings are "1".."10"."""
+    ratings = {i: str(i + 1) for i in range(count)}
+    return {"num_labels": 1} if count == 1 else {"id2label": ratings, "label2id": {v: k for k, v in ratings.items()}}
+
+
+def context_length(config):
+    """The longest sequence that the model has positions for."""
+    alias = "n_positions" if config.get("model_type") in ("gpt2", "gptj") else ""  # and to others it means nothing
+    lengths = [config.get(key) for key in ("max_position_embeddings", alias)]
+    return max((length for length in lengths if isinstance(length, int)), default=0) or 10**9
+
+
+def check_policy_config(name, config, max_length):
+    """UserError for what is no language model, or cannot read `max_length` tokens."""
+    if is_classifier(config):
+        raise UserError(f"{name} is a classifier, not a language model; name a policy")
+    if max_length > context_length(config):
+        raise UserError(f"{name} reads at most {context_length(config)} tokens; lower --max-length {max_length}")
+
+
+def check_judge_config(name, config):
+    """UserError for what is no sequence classifier, or one whose labels are neither one reward nor ratings."""
+    if not is_classifier(config):
+        kind = config.get("architectures")
+        raise UserError(f"{name} is a {kind}, no sequence classifier; train_rm.py makes one of it")
+    labels = label_names(config) or [""]
+    if len(labels) > 1 and labels != [str(k + 1) for k in range(len(labels))]:
+        raise UserError(f"{name}: a classifier with the labels {', '.join(labels[:3])}, ...; a reward model has one "
+                        "label, or the ratings 1, 2, 3, ... in this order")  # fmt: skip
+
+
+def no_tokenizer(name):
+    """The UserError for a model without one."""
+    return UserError(f"{name}: no tokenizer in it, such as tokenizer.json; save the model's own beside it")
+
+
+def unknown_target(target, linear):
+    """The UserError for a name that no module has; `linear` are names of those that can have an adapter."""
+    there = ", ".join(sorted(linear))
+    return UserError(f"--lora-target-modules: no linear module is named {target}; there are {there}")

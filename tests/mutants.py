@@ -165,6 +165,8 @@ MUTANTS = [
     ("lora", '"lora_alpha": round(layer.scale * r, 6)', '"lora_alpha": layer.scale'),
     ("lora", '"fan_in_fan_out": layer.transposed', '"fan_in_fan_out": False'),
     ("model_files", '"use_dora", "use_rslora"', '"use_dora"'),
+    ("model_files", "not a[0] == b[1] == r", "not a[0] == b[1]"),
+    ("model_files", "2 * len(there) >= len(numbers)", "2 * len(there) > len(numbers) + 1"),
     ("lora", "            layer.lora_A.copy_(a)\n", ""),
     ("lora", "        parameters[name].copy_(tensor)\n", ""),
     ("evaluation", "set_weights(policy, interpolate(start, end, high))", "pass"),
@@ -199,7 +201,7 @@ MUTANTS = [
     ("runlog", '            RandomState().load_state_dict(saved["random"])\n', ""),
     ("runlog", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
 ]  # fmt: skip
-TESTS = {"lora": ["lora"], "model_files": ["lora"], "batches": ["data", "rollout", "resume"],
+TESTS = {"lora": ["lora"], "model_files": ["lora", "bad_input"], "batches": ["data", "rollout", "resume"],
          "decoding": ["decoding", "rollout"], "parallel": ["parallel"],
          "checkpoint": ["resume", "bad_input"], "files": ["resume"], "runlog": ["resume"]}  # fmt: skip
 

@@ -107,6 +107,16 @@ def test_adapters_are_merged_while_it_samples(family):
     assert isinstance(model.get_submodule(next(iter(lora_layers(model)))), LoRALayer)
 
 
+@pytest.mark.parametrize(("width", "rows", "packed"), [(512, 32, True), (512, 33, False), (64, 8, False)])
+def test_what_is_packed(monkeypatch, width, rows, packed):
+    """Large matrices for few rows: elsewhere a second copy of the weights is not worth its memory."""
+    monkeypatch.setattr(decoding, "PACK_FROM", 2**17)
+    layer, x = torch.nn.Linear(width, width), torch.randn(rows, 1, width)
+    fast = decoding._Linear(layer, rows)
+    assert fast.onednn == (packed and torch.backends.mkldnn.is_available())
+    torch.testing.assert_close(fast(x), layer(x), atol=1e-5, rtol=1e-5)
+
+
 def test_the_model_comes_back_after_an_error():
     """A run that is stopped in the middle of an answer leaves the model as it was."""
     model = build("gpt2")

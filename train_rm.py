@@ -74,9 +74,11 @@ class RewardModelOptions(LoRAOptions):
             raise UserError("--margin goes with --head scalar only; leave one of them out")
 
     def check_rows(self):
-        pairs = [load_pairs(file, self.margin)[0] if Path(file).is_file() else [] for file in self.files()]
+        files = [load_pairs(file, self.margin)[0] if Path(file).is_file() else [] for file in self.files()]
         if self.all_local():
-            self.split(*pairs)
+            differ = [[pair for pair in pairs if pair.chosen != pair.rejected] for pairs in files]
+            same = len(files[0]) - len(differ[0])
+            self.split(*differ, f"{same} identical" if same else "none")
 
     def check_tokens(self):
         pairs = [pair_of_row(*row) for row in first_rows(read_rows, self.files()) if "chosen" in row[1]]

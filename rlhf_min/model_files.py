@@ -146,7 +146,7 @@ def head_size(adapter):
     )
 
 
-# What a config.json says, as the dictionary `config`. Of odd values nothing is said here: transformers refuses them.
+# What a config.json says, as the dictionary `config`. Of odd values nothing is said below: transformers refuses them.
 
 
 def is_classifier(config):

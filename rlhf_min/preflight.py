@@ -1,4 +1,4 @@
-"""What the files that the options name must be, as far as it can be told without torch.
+"""What the device, files and models that the options name must be, as far as it can be told without torch.
 
 transformers' tokenizers do not import torch, so a prompt is tokenised as the run itself will do it. Whatever cannot be
 told here for certain is left to the run, which checks all of it again.
@@ -177,7 +177,10 @@ def _tokenizer_folder(name):
 
 
 def quick_tokenizer(name):
-    """(the tokenizer of a local model, whether it is sure to be the run's own), or (None, False) for an odd one."""
+    """(the tokenizer of a local model, whether it is sure to be the run's own), or (None, False) for an odd one.
+
+    UserError for one that is not there or that the run could not read either.
+    """
     folder = _tokenizer_folder(name)
     if not folder or not all((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         return None, False

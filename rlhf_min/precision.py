@@ -1,7 +1,9 @@
 """Devices, mixed precision and the optimizer step: the one room that knows about autocast and GradScaler."""
 
+import ctypes
 import math
 import os
+import sys
 
 import torch
 
@@ -52,6 +54,18 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
 
 
+def keep_memory():
+    """Keep what large tensors took for those that come next: every step makes the same ones again.
+
+    glibc gives each block above 32 MB back to the kernel, and waits for new pages at the next, which is a fifth of a
+    step with GPT-2 small. It holds for the rest of the process; without glibc nothing happens.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap stays
+
+
 class Optimizer:
     """AdamW (weight decay 0 unless asked), linear warm-up (and decay), gradient clipping, a GradScaler for float16.
 
@@ -62,6 +76,8 @@ class Optimizer:
 
     def __init__(self, parameters, lr, device, precision, warmup_steps=0, decay_steps=None, max_grad_norm=1.0,
                  weight_decay=0.0, team=ALONE):  # fmt: skip
+        if device.type == "cpu":
+            keep_memory()
         self.team = team
         self.parameters = [p for p in parameters if p.requires_grad]
         self.adam = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=weight_decay, fused=True)

@@ -1,7 +1,10 @@
 """Devices, mixed precision and the optimizer step."""
 
 import copy
+import ctypes
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -204,3 +207,24 @@ def test_auto_is_what_the_machine_has(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, supported=supported: supported)
         assert pick_precision("auto", torch.device("cuda")) == precision
     assert pick_precision("fp16", CPU) == "fp16"
+
+
+def test_the_memory_of_large_tensors_is_kept():
+    """Page faults of a second tensor of 256 MB, 65,536 pages: one a page if it is new, none if it is the first's."""
+    code = """if True:
+        import resource, torch
+        from rlhf_min.precision import keep_memory
+        faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        def second():
+            torch.ones(2**26)
+            before = faults()
+            torch.ones(2**26)
+            return faults() - before
+        new = second()
+        keep_memory()
+        print(new, second())"""
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("no glibc")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    new, kept = map(int, run.stdout.split())
+    assert new > 100 * max(kept, 1)

@@ -16,6 +16,9 @@ from rlhf_min.data import without
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.files import read_json
 from rlhf_min.options import SamplingOptions, option, parse_options, refuse_mistakes
+from rlhf_min.preflight import quick_tokenizer, read_config
+
+SIZES = {"model_type", "n_embd", "hidden_size", "n_layer", "num_hidden_layers", "vocab_size"}  # in config.json
 
 
 @dataclass
@@ -60,6 +63,23 @@ class EvaluateOptions(SamplingOptions):
         if not self.front and not self.policies:
             self.policies = [toy.POLICY, newest_warp_run()]
         super().check()
+        sizes = [{key: config[key] for key in SIZES & config.keys()} for config in map(read_config, self.policies)]
+        if self.match_kl and any(one[key] != sizes[0][key] for one in sizes for key in one.keys() & sizes[0].keys()):
+            raise UserError("--match-kl needs policies of one architecture")
+
+    def check_tokens(self):
+        super().check_tokens()
+        if self.match_kl:
+            tokenizers = map(quick_tokenizer, self.policies)
+            vocabularies = [tokenizer.get_vocab() if exact else None for tokenizer, exact in tokenizers]
+            for name, vocabulary in zip(self.policies, vocabularies):
+                if None not in (vocabulary, vocabularies[0]) and vocabulary != vocabularies[0]:
+                    raise other_vocabulary(name, self.policies[0])
+
+
+def other_vocabulary(name, first):
+    """The UserError for a policy whose KL to the first one is not defined."""
+    return UserError(f"{name}: --match-kl needs the vocabulary of {first}")
 
 
 def newest_warp_run():
@@ -122,7 +142,7 @@ def compare(judges, options, device):
         matched = {}
         if options.match_kl:
             if not same:
-                raise UserError(f"{name}: --match-kl needs the vocabulary of {options.policies[0]}")
+                raise other_vocabulary(name, options.policies[0])
             matched["eta"] = match_kl(policy, tokenizer, prompts, options, reference, options.match_kl)
         columns = judge_policy(policy, tokenizer, prompts, judges, options, reference if same else None)
         row = {"policy": name, **matched, **summarise(columns, judges)}

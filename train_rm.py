@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from rlhf_min import toy
-from rlhf_min.data import load_pairs, pair_of_row, read_rows, with_answer
+from rlhf_min.data import encode_answer, load_pairs, pair_of_row, read_rows, with_answer
 from rlhf_min.errors import UserError, one_line_errors
+from rlhf_min.model_files import check_ends, context_length
 from rlhf_min.options import LoRAOptions, option, parse_options, refuse_mistakes
-from rlhf_min.preflight import check_names, check_template, first_rows, quick_tokenizer
+from rlhf_min.preflight import FIRST, check_names, check_template, first_rows, quick_tokenizer, read_config
 
 
 @dataclass
@@ -81,10 +82,17 @@ class RewardModelOptions(LoRAOptions):
             self.split(*differ, f"{same} identical" if same else "none")
 
     def check_tokens(self):
-        pairs = [pair_of_row(*row) for row in first_rows(read_rows, self.files()) if "chosen" in row[1]]
-        pairs = [pair for pair in pairs if isinstance(pair.prompt, list)]
-        tokenizer = quick_tokenizer(self.base)[0] if pairs else None
+        rows = first_rows(read_rows, self.files())
+        pairs = [pair for pair in (pair_of_row(*row) for row in rows if "chosen" in row[1])
+                 if isinstance(pair.prompt, list)]  # fmt: skip
+        tokenizer, exact = quick_tokenizer(self.base)
         check_template(tokenizer, [with_answer(p.prompt, answer) for p in pairs for answer in (p.chosen, p.rejected)])
+        if exact:
+            check_ends(self.base, tokenizer)
+        if exact and self.all_local() and len(rows) < FIRST:  # these are all
+            max_length = min(self.max_length, context_length(read_config(self.base)))
+            rows, eval_rows, dropped = encode_rows(self, tokenizer, max_length)
+            self.split(rows, eval_rows, reasons(dropped))
 
     def split(self, rows, eval_rows, dropped="none"):
         """(rows to train on, rows to validate on) of rows in random order; UserError where they are too few."""
@@ -105,29 +113,6 @@ def accuracy_to_beat(eval_rows):
     return 0.5 + 3 * math.sqrt(0.25 / len(eval_rows))
 
 
-if __name__ == "__main__":
-    refuse_mistakes(RewardModelOptions)
-
-import torch
-
-from rlhf_min import parallel, pretrain
-from rlhf_min.batches import Batches, shuffle
-from rlhf_min.lora import add_chosen_lora, lora_layers, merge_lora, save_adapter
-from rlhf_min.losses import ordinal_loss, pairwise_loss
-from rlhf_min.models import (
-    context_length,
-    get_weights,
-    load_classifier,
-    save_model,
-    set_weights,
-    trained_weights,
-)
-from rlhf_min.plots import plot_metrics
-from rlhf_min.precision import Optimizer, autocast, resolve_device
-from rlhf_min.reward_model import encode_answer, reward_and_sigma, row_logits
-from rlhf_min.runlog import RunLog
-
-
 def encode_pairs(pairs, tokenizer, max_length):
     """[(chosen ids, rejected ids, margin)] and a Counter of the pairs that were dropped, by reason."""
     rows, dropped = [], Counter()
@@ -142,6 +127,43 @@ def encode_pairs(pairs, tokenizer, max_length):
         else:
             rows.append((chosen, rejected, pair.margin))
     return rows, dropped
+
+
+def encode_rows(options, tokenizer, max_length):
+    """(rows, those of --eval-data, Counter of what was dropped, by reason) of the pairs that `options` name."""
+    pairs, unpaired = load_pairs(options.data, options.margin)
+    rows, dropped = encode_pairs(pairs, tokenizer, max_length)
+    if unpaired:
+        dropped["without a partner of the other label"] = unpaired
+    eval_pairs = load_pairs(options.eval_data, options.margin)[0] if options.eval_data else []
+    return rows, encode_pairs(eval_pairs, tokenizer, max_length)[0], dropped
+
+
+def reasons(dropped):
+    """What was dropped, as words."""
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+
+
+if __name__ == "__main__":
+    refuse_mistakes(RewardModelOptions)
+
+import torch
+
+from rlhf_min import parallel, pretrain
+from rlhf_min.batches import Batches, shuffle
+from rlhf_min.lora import add_chosen_lora, lora_layers, merge_lora, save_adapter
+from rlhf_min.losses import ordinal_loss, pairwise_loss
+from rlhf_min.models import (
+    get_weights,
+    load_classifier,
+    save_model,
+    set_weights,
+    trained_weights,
+)
+from rlhf_min.plots import plot_metrics
+from rlhf_min.precision import Optimizer, autocast, resolve_device
+from rlhf_min.reward_model import reward_and_sigma, row_logits
+from rlhf_min.runlog import RunLog
 
 
 def pair_logits(model, rows, tokenizer):
@@ -247,24 +269,6 @@ def prepare_inputs(files, models):
         toy.ensure_run(toy.ORDINAL_REWARD_MODEL, main, ["--head", "ordinal"])
 
 
-def encode_rows(options, tokenizer, max_length):
-    """(training rows, validation rows, Counter of what was dropped, by reason) of the pairs that `options` name."""
-    pairs, unpaired = load_pairs(options.data, options.margin)
-    rows, dropped = encode_pairs(pairs, tokenizer, max_length)
-    if unpaired:
-        dropped["without a partner of the other label"] = unpaired
-    if options.eval_data:
-        eval_rows, _ = encode_pairs(load_pairs(options.eval_data, options.margin)[0], tokenizer, max_length)
-    else:
-        eval_rows, rows = [], shuffle(rows, torch.Generator().manual_seed(options.seed))
-    return *options.split(rows, eval_rows, reasons(dropped)), dropped
-
-
-def reasons(dropped):
-    """What was dropped, as words."""
-    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
-
-
 @one_line_errors
 def main(argv=None):
     options = parse_options(RewardModelOptions, argv)
@@ -276,8 +280,10 @@ def main(argv=None):
     log.team.check(options.batch_size)
     parallel.one_a_machine(prepare_inputs, options.files(), options.model_names())
     model, tokenizer = load_base(options, device)
-    max_length = min(options.max_length, context_length(model))
-    train_rows, eval_rows, dropped = encode_rows(options, tokenizer, max_length)
+    max_length = min(options.max_length, context_length(model.config.to_dict()))
+    rows, eval_rows, dropped = encode_rows(options, tokenizer, max_length)
+    rows = rows if options.eval_data else shuffle(rows, torch.Generator().manual_seed(options.seed))
+    train_rows, eval_rows = options.split(rows, eval_rows, reasons(dropped))
     threshold = accuracy_to_beat(eval_rows)
 
     with log.running(base=model, train_rows=train_rows, eval_rows=eval_rows):

@@ -282,6 +282,33 @@ def apply_chat_template(tokenizer, messages, **kwargs):
         raise UserError(f"{tokenizer.name_or_path}: its chat template refuses a conversation: {error}") from None
 
 
+def encode_answer(tokenizer, prompt, completion, ended=True, max_length=None, keep="end"):
+    """Token ids of prompt and answer as the judge reads them; the one place for training and scoring alike.
+
+    Text is concatenated, and EOS appended where it is missing and the answer has ended; messages go through the judge's
+    own chat template. Longer than `max_length` loses tokens of its beginning, so that the answer stays (`keep="end"`),
+    or of its end (`keep="start"`), and then has not ended.
+    """
+    plain = isinstance(prompt, str)
+    if plain:
+        text = prompt + completion
+    elif ended:
+        text = apply_chat_template(tokenizer, with_answer(prompt, completion))
+    else:
+        text = apply_chat_template(tokenizer, prompt, add_generation_prompt=True) + completion
+    ids = tokenizer(text, add_special_tokens=plain)["input_ids"]
+    eos = tokenizer.eos_token_id
+    if plain and ended and eos is not None and (not ids or ids[-1] != eos):
+        ids = [*ids, eos]
+    if max_length is None or len(ids) <= max_length:
+        return ids
+    first = [i for i in ids[:1] if i in (tokenizer.cls_token_id, tokenizer.bos_token_id)]  # [CLS] is what BERT pools
+    last = [i for i in ids[-1:] if i == tokenizer.sep_token_id]
+    inner = ids[len(first) : len(ids) - len(last)]
+    room = max_length - len(first) - len(last)
+    return first + (inner[-room:] if keep == "end" else inner[:room]) + last
+
+
 def without(prompts, others):
     """The prompts whose text is not among the others'."""
     seen = {json.dumps(other.text) for other in others}

@@ -1,9 +1,10 @@
-"""What a model's files say of it: config.json, and names and shapes of its tensors. No torch, no weights are read."""
+"""What a model's files say of it: config.json, names and shapes of its tensors, whether they are finite. No torch."""
 
 import math
 import re
 from pathlib import Path
 
+import numpy as np
 from safetensors import safe_open
 
 from .errors import UserError, first_line
@@ -64,9 +65,14 @@ def check_tensors(name, shapes, config, labels=0):
     vocabulary, _ = size("vocab_size"), size("max_position_embeddings", "n_positions")
     if None in (layers, width, vocabulary):
         return
+    heads = size("num_attention_heads", "n_head", "n_heads")
+    if heads and width % heads and family in ("gpt2", "bert", "distilbert"):
+        raise UserError(f"{name}: {heads} heads cannot share a width of {width}; mend its config.json")
     numbers, blocks, rest = set(), {}, {}
     for key, shape in shapes.items():
         if not (found := re.fullmatch(r"(.*?\.)([0-9]{1,6})(\..*)", key)):
+            if key.count(".") > 2 + ("bert" in family):
+                continue  # under a name that transformers does not look for
             rest.setdefault(".".join(key.split(".")[-2:]), []).append((key, shape))
         elif (number := int(found[2])) < layers:  # of more than that, transformers takes no notice
             numbers.add(number)
@@ -85,6 +91,23 @@ def check_tensors(name, shapes, config, labels=0):
             absent.add(found[0][0])
     if absent:
         raise lacking(name, absent)
+
+
+def check_finite(name, folder):
+    """UserError for NaN or infinite weights in float32 or float16, which numpy has, in files of up to a gigabyte."""
+    for path in weight_files(folder):
+        if path.stat().st_size > 1e9:
+            continue  # the run itself looks once more
+        with safe_open(path, framework="np") as file:
+            for key in file.keys():  # noqa: SIM118
+                numbers = file.get_slice(key).get_dtype() in ("F32", "F16")
+                if numbers and not np.isfinite(file.get_tensor(key)).all():
+                    raise not_finite(name, key)
+
+
+def not_finite(name, key):
+    """The UserError for NaN or infinity in a tensor."""
+    return UserError(f"{name}: {key} is not finite; save the model again")
 
 
 def lacking(name, absent):
@@ -192,10 +215,29 @@ def check_judge_config(name, config):
     if not is_classifier(config):
         kind = config.get("architectures")
         raise UserError(f"{name} is a {kind}, no sequence classifier; train_rm.py makes one of it")
+    names = config.get("id2label")
+    if names is not None and not (isinstance(names, dict) and all(re.fullmatch("[0-9]+", str(key)) for key in names)):
+        raise UserError(f"{name}: id2label in its config.json must have a label for each number from 0 on")
     labels = label_names(config) or [""]
     if len(labels) > 1 and labels != [str(k + 1) for k in range(len(labels))]:
         raise UserError(f"{name}: a classifier with the labels {', '.join(labels[:3])}, ...; a reward model has one "
                         "label, or the ratings 1, 2, 3, ... in this order")  # fmt: skip
+
+
+def eos_of_config(name, value):
+    """The list of ids that eos_token_id of a generation_config.json stands for: none, one or several."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) for i in ids):
+        raise UserError(f"{name}: eos_token_id in its generation_config.json must be a number or a list")
+    return ids
+
+
+def check_ends(name, tokenizer, policy=False):
+    """UserError for a tokenizer without a pad and an EOS token; a policy's must have an EOS."""
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UserError(f"{name}: its tokenizer has neither a pad nor an EOS token; set one in tokenizer_config.json")
+    if policy and tokenizer.eos_token is None:
+        raise UserError(f"{name}: its tokenizer has no EOS token, so no answer could end; set eos_token in its config")
 
 
 def no_tokenizer(name):

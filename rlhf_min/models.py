@@ -17,13 +17,16 @@ from .errors import UserError, first_line
 from .files import whole
 from .lora import is_head, load_adapter, lora_layers, merge_lora
 from .model_files import (
+    check_ends,
     check_judge_config,
     check_policy_config,
+    eos_of_config,
     head_labels,
     head_size,
     is_classifier,
     lacking,
     no_tokenizer,
+    not_finite,
 )
 from .sources import base_of, check_on_hub, find_model, is_adapter
 
@@ -53,11 +56,8 @@ def load_tokenizer(name):
     tokenizer = _load(AutoTokenizer, name)
     if not tokenizer.vocab_size:  # transformers makes one of nothing
         raise no_tokenizer(name)
+    check_ends(name, tokenizer)
     if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise UserError(
-                f"{name}: its tokenizer has neither a pad nor an EOS token; set one in tokenizer_config.json"
-            )
         tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here goes by position, never by id
     return tokenizer
 
@@ -68,8 +68,7 @@ def load_policy(name, device, max_length):
     UserError where it cannot read `max_length` tokens, or where model and tokenizer do not match.
     """
     tokenizer = load_tokenizer(name)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{name}: its tokenizer has no EOS token, so no answer could end; set eos_token in its config")
+    check_ends(name, tokenizer, policy=True)
     model = _load_weights(AutoModelForCausalLM, name, tokenizer)
     _check_match(name, model, tokenizer)
     lengths = {"max_position_embeddings": context_length(model)}  # whatever the architecture calls it
@@ -98,7 +97,7 @@ def _load_weights(auto_class, name, tokenizer, **config):
 def _check_match(name, model, tokenizer):
     for key, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise UserError(f"{name}: {key} is not finite; save the model again")
+            raise not_finite(name, key)
     embedded = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embedded:
         raise UserError(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds {embedded}: no match")
@@ -140,10 +139,7 @@ def load_classifier(name, device, new_head=0):
 
 def eos_token_ids(model, tokenizer):
     """All ids that end an answer: the generation config may list several (stories260K ends a story with id 1)."""
-    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(isinstance(i, int) for i in ids):
-        raise UserError(f"{model.name_or_path}: eos_token_id in its generation_config.json must be a number or a list")
+    ids = eos_of_config(model.name_or_path, getattr(model.generation_config, "eos_token_id", None))
     return sorted({tokenizer.eos_token_id, *ids})
 
 

@@ -20,7 +20,8 @@ from . import toy
 from .data import hold_out_of, load_prompts, prompt_of_row, read_prompts, with_answer
 from .errors import UserError, one_line_errors
 from .files import read_json
-from .preflight import check_device, check_names, check_targets, check_template, first_rows, quick_tokenizer
+from .model_files import check_ends
+from .preflight import FIRST, check_device, check_names, check_targets, check_template, first_rows, quick_tokenizer
 from .sources import named_judges
 
 LARGEST = {int: 2**31 - 1, float: 1e30}  # what any number may be: torch's kernels overflow beyond
@@ -188,8 +189,12 @@ class SamplingOptions(RunOptions):
         messages = [text for _, text, _ in rows if isinstance(text, list)]
         for name in self.policy_names():
             tokenizer, exact = quick_tokenizer(name)
+            if exact:
+                check_ends(name, tokenizer, policy=True)
             for row in rows if exact else ():
                 prompt_of_row(*row, tokenizer, self.prompt_tokens, self.max_length)
+            if exact and self.all_local() and len(rows) < FIRST:  # these are all
+                self.draw_from(*self.load_prompts(tokenizer))
             check_template(tokenizer, [] if exact else messages, add_generation_prompt=True)
         for name in self.judge_names() if messages else ():
             check_template(quick_tokenizer(name)[0], [with_answer(prompt, "Yes.") for prompt in messages])

@@ -18,10 +18,12 @@ from .files import read_json
 from .model_files import (
     OUTSIDE,
     adapted_modules,
+    check_finite,
     check_fit,
     check_judge_config,
     check_policy_config,
     check_tensors,
+    eos_of_config,
     head_labels,
     head_size,
     is_classifier,
@@ -71,6 +73,9 @@ def check_names(files=(), policies=(), bases=(), judges=(), max_length=0):
     for name in policies:
         if config := read_config(name):
             check_policy_config(name, config, max_length)
+        generation = Path(_folder(name) or "", "generation_config.json")
+        if generation.is_file():
+            eos_of_config(name, read_json(generation).get("eos_token_id"))
     for name in bases:
         read_config(name)
     for name in judges:
@@ -104,6 +109,7 @@ def check_model(name, judge=False):
         raise UserError(f"{name}: its config.json has model_type {config.get('model_type')!r}, which transformers does "
                         "not know; code that a model brings along is not run")  # fmt: skip
     check_tensors(name, shapes, config, len(label_names(config) or ()) if judge and is_classifier(config) else 0)
+    check_finite(name, folder)
 
 
 def _is_known(family):

@@ -18,7 +18,7 @@ from rlhf_min.files import read_json
 from rlhf_min.options import SamplingOptions, option, parse_options, refuse_mistakes
 from rlhf_min.preflight import quick_tokenizer, read_config
 
-SIZES = {"model_type", "n_embd", "hidden_size", "n_layer", "num_hidden_layers", "vocab_size"}  # in config.json
+SIZES = {"n_embd", "hidden_size", "n_layer", "num_hidden_layers"}  # in config.json
 
 
 @dataclass

@@ -5,7 +5,7 @@
     python train_rm.py --data pairs.jsonl --base openai-community/gpt2 --lora-r 16 --out runs/rm
 
 The base is any model that transformers can put a classification head on. Answers are read as the policy writes
-them: training and scoring tokenise by the same function, reward_model.encode_answer.
+them: training and scoring tokenise by the same function, data.encode_answer.
 """
 
 import math
@@ -17,9 +17,9 @@ from typing import ClassVar
 from rlhf_min import toy
 from rlhf_min.data import encode_answer, load_pairs, pair_of_row, read_rows, with_answer
 from rlhf_min.errors import UserError, one_line_errors
-from rlhf_min.model_files import check_ends, context_length
+from rlhf_min.model_files import check_ends, context_of_config
 from rlhf_min.options import LoRAOptions, option, parse_options, refuse_mistakes
-from rlhf_min.preflight import FIRST, check_names, check_template, first_rows, quick_tokenizer, read_config
+from rlhf_min.preflight import FEW, check_names, check_template, first_rows, quick_tokenizer, read_config
 
 
 @dataclass
@@ -46,7 +46,7 @@ class RewardModelOptions(LoRAOptions):
     lr: float = option(1e-3, "AdamW learning rate after the warm-up; decays linearly to 0", low=0)
     warmup_steps: int = option(10, "optimizer steps of linear warm-up", low=0)
     weight_decay: float = option(0.0, "AdamW weight decay", low=0)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", low=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", low=1e-6)
     center_coefficient: float = option(0.01, "c of the centering term: c (r_w + r_l)², for ratings "
                                              "c (E_w + E_l − 11)²; 0 leaves it out", low=0)  # fmt: skip
     max_length: int = option(512, "tokens; longer pairs are dropped, longer labelled texts keep their beginning", low=8)
@@ -82,15 +82,16 @@ class RewardModelOptions(LoRAOptions):
             self.split(*differ, f"{same} identical" if same else "none")
 
     def check_tokens(self):
-        rows = first_rows(read_rows, self.files())
+        rows = first_rows(self.files(), read_rows)
         pairs = [pair for pair in (pair_of_row(*row) for row in rows if "chosen" in row[1])
                  if isinstance(pair.prompt, list)]  # fmt: skip
         tokenizer, exact = quick_tokenizer(self.base)
         check_template(tokenizer, [with_answer(p.prompt, answer) for p in pairs for answer in (p.chosen, p.rejected)])
-        if exact:
-            check_ends(self.base, tokenizer)
-        if exact and self.all_local() and len(rows) < FIRST:  # these are all
-            max_length = min(self.max_length, context_length(read_config(self.base)))
+        if not exact:
+            return
+        check_ends(self.base, tokenizer)
+        if self.all_local() and len(rows) < FEW:  # these are all
+            max_length = min(self.max_length, context_of_config(read_config(self.base)))
             rows, eval_rows, dropped = encode_rows(self, tokenizer, max_length)
             self.split(rows, eval_rows, reasons(dropped))
 
@@ -153,13 +154,7 @@ from rlhf_min import parallel, pretrain
 from rlhf_min.batches import Batches, shuffle
 from rlhf_min.lora import add_chosen_lora, lora_layers, merge_lora, save_adapter
 from rlhf_min.losses import ordinal_loss, pairwise_loss
-from rlhf_min.models import (
-    get_weights,
-    load_classifier,
-    save_model,
-    set_weights,
-    trained_weights,
-)
+from rlhf_min.models import context_length, get_weights, load_classifier, save_model, set_weights, trained_weights
 from rlhf_min.plots import plot_metrics
 from rlhf_min.precision import Optimizer, autocast, resolve_device
 from rlhf_min.reward_model import reward_and_sigma, row_logits
@@ -207,8 +202,9 @@ def train(model, tokenizer, train_rows, eval_rows, options, log):
     if team.index:
         torch.manual_seed(options.seed + team.index)  # dropout's noise is each one's own
     steps = max(1, options.epochs * len(train_rows) // (options.batch_size * options.accumulation_steps))
-    optimizer = Optimizer(model.parameters(), options.lr, model.device, options.precision, options.warmup_steps, steps,
-                          options.max_grad_norm, options.weight_decay, team)  # fmt: skip
+    optimizer = Optimizer(model.parameters(), options.lr, model.device, options.precision, options.warmup_steps,
+                          decay_steps=steps, max_grad_norm=options.max_grad_norm, weight_decay=options.weight_decay,
+                          team=team)  # fmt: skip
     stream = Batches(train_rows, options.batch_size, torch.Generator().manual_seed(options.seed))
     kept = {}  # the weights that shall be saved, and their validation
     state = lambda: {"model": trained_weights(model), "optimizer": optimizer, "stream": stream,
@@ -246,7 +242,7 @@ def load_base(options, device):
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = "right"
-    add_chosen_lora(model, options, options.lora_dropout)
+    add_chosen_lora(model, options)
     return model, tokenizer
 
 
@@ -280,7 +276,7 @@ def main(argv=None):
     log.team.check(options.batch_size)
     parallel.one_a_machine(prepare_inputs, options.files(), options.model_names())
     model, tokenizer = load_base(options, device)
-    max_length = min(options.max_length, context_length(model.config.to_dict()))
+    max_length = min(options.max_length, context_length(model))
     rows, eval_rows, dropped = encode_rows(options, tokenizer, max_length)
     rows = rows if options.eval_data else shuffle(rows, torch.Generator().manual_seed(options.seed))
     train_rows, eval_rows = options.split(rows, eval_rows, reasons(dropped))
@@ -295,15 +291,15 @@ def main(argv=None):
         if not log.first:
             return
         accuracy = validation["eval_accuracy"]
-        weak = accuracy <= threshold
-        if not weak or options.accept_weak:
+        refused = accuracy <= threshold and not options.accept_weak
+        if not refused:
             save_reward_model(model, tokenizer, log.folder)
         names = ["loss", "accuracy", "eval_loss", "eval_accuracy"]
         plot_metrics(log.metrics(), names, log.folder / "metrics.png")
         print(f"validation: accuracy {accuracy:.3f}, loss {validation['eval_loss']:.3f}, "
               f"margin {validation['eval_margin']:.2f}")  # fmt: skip
         log.finish(train_pairs=len(train_rows), eval_pairs=len(eval_rows), dropped=dict(dropped), **validation)
-    if weak and not options.accept_weak:
+    if refused:
         raise UserError(f"validation accuracy {accuracy:.3f} is not above {threshold:.3f}, chance + 3 standard errors: "
                         "no model saved; train longer, give more pairs or insist with --accept-weak")  # fmt: skip
 

@@ -42,14 +42,7 @@ from rlhf_min.batches import Batches
 from rlhf_min.evaluation import format_table, print_samples, sweep_front
 from rlhf_min.inputs import load_inputs
 from rlhf_min.lora import lora_disabled, merge_lora, reset_lora, save_adapter, set_difference
-from rlhf_min.models import (
-    dense_weights,
-    eos_token_ids,
-    get_weights,
-    save_model,
-    set_weights,
-    trained_weights,
-)
+from rlhf_min.models import dense_weights, eos_token_ids, get_weights, save_model, set_weights, trained_weights
 from rlhf_min.plots import plot_front, plot_metrics
 from rlhf_min.precision import Optimizer, autocast, resolve_device
 from rlhf_min.reinforce import MovingAverageBaseline, kl_estimate, policy_gradient_loss, shaped_reward, step_metrics

@@ -35,7 +35,7 @@ class Batches:
         return [self.items[i] for i in batch]
 
     def state_dict(self):
-        """What a checkpoint needs: where in the epoch it is, and the generator, which may be others', too."""
+        """What a checkpoint needs: where in the epoch it is, and the generator, which others may draw from, too."""
         return {"queue": list(self.queue), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state):

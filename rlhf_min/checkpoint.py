@@ -48,8 +48,8 @@ def pack(values):
 
 
 def unpack(values, device="cpu"):
-    """What pack was given, its tensors on `device`; anything else as it is."""
-    if isinstance(values, dict):
+    """What pack was given, its tensors on `device`; what was not packed, as it is."""
+    if not isinstance(values, torch.Tensor):
         return values
     return torch.load(io.BytesIO(values.numpy().tobytes()), map_location=device, weights_only=True)
 

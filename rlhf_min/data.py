@@ -199,11 +199,17 @@ def read_texts(source):
             yield _text(row, "text", where)
         return
     check_source(source)
+    empty = True
     for where, line in _read_lines(source):
         try:
-            yield line.decode("utf-8").removeprefix("\ufeff").strip()
+            text = line.decode("utf-8").removeprefix("\ufeff").strip()
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 ({error.reason}); convert the file") from None
+        if text:  # more is blank in Unicode than in bytes
+            yield text
+            empty = False
+    if empty:
+        raise UserError(f"{source}: the file is empty; it needs at least one line")
 
 
 def read_prompts(source, max_characters=0):

@@ -7,7 +7,8 @@ import re
 import sys
 
 LOST = r"Connection (closed|reset) by (remote )?peer|gloo/transport"  # how gloo says that a process has gone
-ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
+               errno.ENAMETOOLONG}  # fmt: skip
 
 
 class UserError(Exception):
@@ -20,6 +21,11 @@ class Stopped(UserError):
     """Ctrl-C, or a signal to end."""
 
     code = 130
+
+
+def no_device(name):
+    """The UserError for a device that is not there."""
+    return UserError(f"--device {name} is not to be had on this machine; try --device cpu")
 
 
 def first_line(error):
@@ -42,7 +48,7 @@ def explain(error):
         return UserError("out of memory: lower --batch-size or --max-length, or take a smaller model")
     if isinstance(error, OSError) and error.errno in ENVIRONMENT:
         where = error.filename or "the folder of the run"
-        return UserError(f"cannot write to {where}: {error.strerror}; mend that, or name another --out")
+        return UserError(f"cannot use {where}: {error.strerror}; mend that, or name another file or --out")
     if type(error).__name__ == "SafetensorError" and "os error" in text:
         return UserError(f"cannot write the model: {text}; mend that, or name another --out")
     return None

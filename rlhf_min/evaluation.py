@@ -103,14 +103,13 @@ def match_kl(policy, tokenizer, prompts, options, reference, target, halvings=10
     are comparable at the same KL only: whoever goes further gets more. Raises UserError for other architectures.
     """
     start, end = get_weights(reference), get_weights(policy)
-    if {name: w.shape for name, w in start.items()} != {name: w.shape for name, w in end.items()}:
-        raise UserError("--match-kl needs policies of one architecture")
+    shapes = [{name: tensor.shape for name, tensor in weights.items()} for weights in (start, end)]
 
     def kl_at(eta):
         set_weights(policy, interpolate(start, end, eta))
         return mean_se(judge_policy(policy, tokenizer, prompts, {}, options, reference)["kl"])[0]
 
-    if kl_at(0.0) > 0:  # the same shapes, but e.g. another number of heads
+    if shapes[0] != shapes[1] or kl_at(0.0) > 0:  # the same shapes, but e.g. another number of heads
         set_weights(policy, end)
         raise UserError("--match-kl needs policies of one architecture")
     low, high = 0.0, 1.0

@@ -83,16 +83,16 @@ def add_lora(model, r, alpha, dropout=0.0, target_modules=None):
         raise unknown_target(missing[0], {name.rpartition(".")[2] for name in linear})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_head(name))
-    for name in {name: None for names in found.values() for name in names}:
-        replace_module(model, name, LoRALayer(model.get_submodule(name), r, alpha, dropout))
+    for names in found.values():
+        for name in names:
+            replace_module(model, name, LoRALayer(model.get_submodule(name), r, alpha, dropout))
     return model
 
 
-def add_chosen_lora(model, options, dropout=0.0):
-    """add_lora as LoRAOptions say; with a rank of 0 the model stays as it is. Returns the model."""
+def add_chosen_lora(model, options):
+    """add_lora as LoRAOptions say; with a rank of 0 the model stays as it is."""
     if options.lora_r:
-        add_lora(model, options.lora_r, options.lora_alpha, dropout, options.lora_target_modules)
-    return model
+        add_lora(model, options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules)
 
 
 def is_head(name):

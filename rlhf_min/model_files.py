@@ -1,10 +1,9 @@
-"""What a model's files say of it: config.json, names and shapes of its tensors, whether they are finite. No torch."""
+"""What a model's files say of it: config.json, and names and shapes of its tensors. No torch, no weights are read."""
 
 import math
 import re
 from pathlib import Path
 
-import numpy as np
 from safetensors import safe_open
 
 from .errors import UserError, first_line
@@ -50,7 +49,7 @@ def check_tensors(name, shapes, config, labels=0):
     """UserError where the blocks are not alike, or too few, or what is outside of them is not there or not as wide.
 
     For {tensor's name: shape} and families of which that is known; `labels` is the size of a judge's head, or 0.
-    transformers, which knows all tensors of all families, takes seconds to say so. `lacking` words what both say.
+    transformers, which knows all tensors of all families, takes seconds to say so. `lacking` is the message of both.
     """
     if (family := str(config.get("model_type"))) not in OUTSIDE:
         return
@@ -62,7 +61,8 @@ def check_tensors(name, shapes, config, labels=0):
         return key and config[key]
 
     layers, width = size("num_hidden_layers", "n_layer", "n_layers"), size("hidden_size", "n_embd", "dim")
-    vocabulary, _ = size("vocab_size"), size("max_position_embeddings", "n_positions")
+    vocabulary = size("vocab_size")
+    size("max_position_embeddings", "n_positions")  # a number, if there
     if None in (layers, width, vocabulary):
         return
     heads = size("num_attention_heads", "n_head", "n_heads")
@@ -84,30 +84,13 @@ def check_tensors(name, shapes, config, labels=0):
     if any(shape == (vocabulary, width) for _, shape in rest.get("lm_head.weight", ())):
         del wanted[f"{OUTSIDE[family][0]}.weight"]  # they may be tied, and stored under this name
     if labels:
-        wanted[HEAD_WEIGHTS["bert" in family]] = labels, width
+        wanted["classifier.weight" if "bert" in family else "score.weight"] = labels, width
     for key, last in wanted.items():
         found = rest.get(key, [(key, ())])
         if not any(shape[-len(last) :] == last for _, shape in found):
             absent.add(found[0][0])
     if absent:
         raise lacking(name, absent)
-
-
-def check_finite(name, folder):
-    """UserError for NaN or infinite weights in float32 or float16, which numpy has, in files of up to a gigabyte."""
-    for path in weight_files(folder):
-        if path.stat().st_size > 1e9:
-            continue  # the run itself looks once more
-        with safe_open(path, framework="np") as file:
-            for key in file.keys():  # noqa: SIM118
-                numbers = file.get_slice(key).get_dtype() in ("F32", "F16")
-                if numbers and not np.isfinite(file.get_tensor(key)).all():
-                    raise not_finite(name, key)
-
-
-def not_finite(name, key):
-    """The UserError for NaN or infinity in a tensor."""
-    return UserError(f"{name}: {key} is not finite; save the model again")
 
 
 def lacking(name, absent):
@@ -164,9 +147,8 @@ def check_fit(adapter, base):
 
 def head_size(adapter):
     """How many logits the head has that an adapter brings with it; 0 without one."""
-    return next(
-        (shape[0] for name, shape in read_adapter_header(adapter)[1].items() if name in HEAD_WEIGHTS and shape), 0
-    )
+    shapes = read_adapter_header(adapter)[1]
+    return max((shape[0] for name, shape in shapes.items() if name in HEAD_WEIGHTS and shape), default=0)
 
 
 # What a config.json says, as the dictionary `config`. Of odd values nothing is said below: transformers refuses them.
@@ -182,7 +164,8 @@ def label_names(config):
     names, count = config.get("id2label"), config.get("num_labels")
     try:
         if names is None:
-            return [f"LABEL_{i}" for i in range(2 if count is None else min(count, 9))]  # or ten billion
+            shown = 2 if count is None else min(count, 9)  # a broken count must not fill the memory
+            return [f"LABEL_{i}" for i in range(shown)]
         names = {int(i): str(label) for i, label in names.items()}
     except (TypeError, ValueError, AttributeError, OverflowError):
         return None
@@ -195,7 +178,7 @@ def head_labels(count):
     return {"num_labels": 1} if count == 1 else {"id2label": ratings, "label2id": {v: k for k, v in ratings.items()}}
 
 
-def context_length(config):
+def context_of_config(config):
     """The longest sequence that the model has positions for."""
     alias = "n_positions" if config.get("model_type") in ("gpt2", "gptj") else ""  # and to others it means nothing
     lengths = [config.get(key) for key in ("max_position_embeddings", alias)]
@@ -206,8 +189,8 @@ def check_policy_config(name, config, max_length):
     """UserError for what is no language model, or cannot read `max_length` tokens."""
     if is_classifier(config):
         raise UserError(f"{name} is a classifier, not a language model; name a policy")
-    if max_length > context_length(config):
-        raise UserError(f"{name} reads at most {context_length(config)} tokens; lower --max-length {max_length}")
+    if max_length > context_of_config(config):
+        raise UserError(f"{name} reads at most {context_of_config(config)} tokens; lower --max-length {max_length}")
 
 
 def check_judge_config(name, config):
@@ -234,9 +217,9 @@ def eos_of_config(name, value):
 
 def check_ends(name, tokenizer, policy=False):
     """UserError for a tokenizer without a pad and an EOS token; a policy's must have an EOS."""
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has neither a pad nor an EOS token; set one in tokenizer_config.json")
-    if policy and tokenizer.eos_token is None:
+    if policy and tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has no EOS token, so no answer could end; set eos_token in its config")
 
 

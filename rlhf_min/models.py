@@ -26,7 +26,6 @@ from .model_files import (
     is_classifier,
     lacking,
     no_tokenizer,
-    not_finite,
 )
 from .sources import base_of, check_on_hub, find_model, is_adapter
 
@@ -57,7 +56,7 @@ def load_tokenizer(name):
     if not tokenizer.vocab_size:  # transformers makes one of nothing
         raise no_tokenizer(name)
     check_ends(name, tokenizer)
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here goes by position, never by id
     return tokenizer
 
@@ -97,7 +96,7 @@ def _load_weights(auto_class, name, tokenizer, **config):
 def _check_match(name, model, tokenizer):
     for key, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise not_finite(name, key)
+            raise UserError(f"{name}: {key} is not finite; save the model again")
     embedded = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embedded:
         raise UserError(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds {embedded}: no match")

@@ -7,10 +7,11 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
-from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,8 +22,8 @@ from .data import hold_out_of, load_prompts, prompt_of_row, read_prompts, with_a
 from .errors import UserError, one_line_errors
 from .files import read_json
 from .model_files import check_ends
-from .preflight import FIRST, check_device, check_names, check_targets, check_template, first_rows, quick_tokenizer
-from .sources import named_judges
+from .preflight import FEW, check_device, check_names, check_targets, check_template, first_rows, quick_tokenizer
+from .sources import check_source, named_judges
 
 LARGEST = {int: 2**31 - 1, float: 1e30}  # what any number may be: torch's kernels overflow beyond
 
@@ -41,6 +42,7 @@ class RunOptions:
 
     script: ClassVar[str] = ""  # what comes behind `python` on the command line
     parallel: ClassVar[bool] = False  # whether torchrun may start several processes of it
+    resume, save_every = False, 0  # options only of what trains; without a type they are no fields here
 
     out: str = option("", "folder of the run (default: the next runs/<script>-N)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -49,9 +51,8 @@ class RunOptions:
     def folder(self):
         """The folder of the run: `out` if nothing is there, else UserError; without `out` the first free one."""
         if not self.out:
-            name = Path(self.script.removesuffix(".py")).name.rpartition(".")[2].removeprefix("train_")
-            numbers = (n for n in range(1, 10**6) if not Path("runs", f"{name}-{n}").exists())
-            return Path("runs", f"{name}-{next(numbers)}")
+            name = re.split("[./]", self.script.removesuffix(".py"))[-1].removeprefix("train_")
+            return next(folder for n in count(1) if not (folder := Path("runs", f"{name}-{n}")).exists())
         folder = Path(self.out)
         there = next(path for path in (folder, *folder.parents) if path.exists())
         if there.is_file() or not os.access(there, os.W_OK):
@@ -65,17 +66,15 @@ class RunOptions:
         """The files and hub data sets that the options name, "" where they name none."""
         return []
 
-    def model_names(self):
-        """The models that the options name."""
-        return []
-
     def check(self):
         """UserError for flags that do not go together and for names of what is not there or not what it should be."""
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not self.parallel:
             raise UserError(f"{self.script} runs in one process; start it without torchrun")
         self.folder()
         check_device(self.device)
-        check_names(files=self.files())
+        for file in self.files():
+            if file not in toy.FILES:
+                check_source(file)
 
     def check_rows(self):
         """UserError for broken rows and too few of them, in files that are there."""
@@ -116,6 +115,7 @@ class TrainingOptions(RunOptions):
 class LoRAOptions(TrainingOptions):
     """LoRA, for what trains a reward model or a policy."""
 
+    lora_dropout = 0.0  # an option of reward models only, hence no field here
     lora_r: int = option(0, "rank r of LoRA's adapters; 0 trains all weights", low=0)
     lora_alpha: float = option(32.0, "α: the update is scaled by α/r", low=1e-6)
     lora_target_modules: list = option([], "last parts of the names of the modules that get an adapter "
@@ -125,14 +125,18 @@ class LoRAOptions(TrainingOptions):
         """UserError for flags of LoRA without a rank, and for targets that the model `name` does not have."""
         if self.lora_r:
             check_targets(name, self.lora_target_modules)
-        elif self.lora_target_modules or getattr(self, "lora_dropout", 0):
-            raise UserError("--lora-target-modules and --lora-dropout go with LoRA only; set --lora-r or leave them "
-                            "out")  # fmt: skip
+        elif self.lora_target_modules or self.lora_dropout:
+            flag = "--lora-target-modules" if self.lora_target_modules else "--lora-dropout"
+            raise UserError(f"{flag} goes with LoRA only; set --lora-r or leave it out")
 
 
 @dataclass
 class SamplingOptions(RunOptions):
-    """Prompts, judges, and how answers are drawn."""
+    """Prompts, judges, and how answers are drawn.
+
+    A subclass has, besides `files`: policy_names(); judge_specs(), as `name=spec` or `spec`; and draw_from(prompts,
+    others), the prompts to draw the evaluation's from, given those of the two files, UserError where they are too few.
+    """
 
     prompts: str = option(toy.PROMPTS, "lines with 'prompt', or with 'text', whose first tokens are the prompt")
     prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
@@ -144,27 +148,13 @@ class SamplingOptions(RunOptions):
     batch_size: int = option(64, "answers at a time", low=1)
     seed: int = option(42, "seed of prompts and samples", low=0, high=2**31 - 1)
 
-    def files(self):
-        return [self.prompts]
-
-    def policy_names(self):
-        """The policies that the options name."""
-        return []
-
-    def judge_specs(self):
-        """The judges that the options name, as `name=spec` or `spec`."""
-        return self.judges
-
     def judge_names(self):
-        """The same without their names."""
+        """The judges without their names."""
         return named_judges(self.judge_specs()).values()
 
     def model_names(self):
+        """All models, and functions, that the options name."""
         return [*self.policy_names(), *self.judge_names()]
-
-    def draw_from(self, prompts, others):
-        """The prompts to draw the evaluation's from, given those of the two files; UserError where they are too few."""
-        raise NotImplementedError
 
     def load_prompts(self, tokenizer):
         """[the prompts of each file], without a tokenizer whole, and of local files only; none without a file."""
@@ -185,19 +175,21 @@ class SamplingOptions(RunOptions):
             self.draw_from(*prompts)
 
     def check_tokens(self):
-        rows = first_rows(partial(read_prompts, max_characters=self.max_prompt_characters), self.files())
+        rows = first_rows(self.files(), read_prompts, self.max_prompt_characters)
         messages = [text for _, text, _ in rows if isinstance(text, list)]
         for name in self.policy_names():
             tokenizer, exact = quick_tokenizer(name)
-            if exact:
-                check_ends(name, tokenizer, policy=True)
-            for row in rows if exact else ():
+            if not exact:
+                check_template(tokenizer, messages, add_generation_prompt=True)
+                continue
+            check_ends(name, tokenizer, policy=True)
+            for row in rows:
                 prompt_of_row(*row, tokenizer, self.prompt_tokens, self.max_length)
-            if exact and self.all_local() and len(rows) < FIRST:  # these are all
+            if self.all_local() and len(rows) < FEW:  # these are all
                 self.draw_from(*self.load_prompts(tokenizer))
-            check_template(tokenizer, [] if exact else messages, add_generation_prompt=True)
-        for name in self.judge_names() if messages else ():
-            check_template(quick_tokenizer(name)[0], [with_answer(prompt, "Yes.") for prompt in messages])
+        if messages:
+            for name in self.judge_names():
+                check_template(quick_tokenizer(name)[0], [with_answer(prompt, "Yes.") for prompt in messages])
 
 
 @dataclass
@@ -235,42 +227,36 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def _build_parser(options_class):
-    parser = _Parser(description=options_class.__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--config", default=dataclasses.MISSING, help="YAML file of options, a diff against the defaults"
-    )
+    """A parser whose result holds the flags that are given, and no others."""
+    parser = _Parser(description=options_class.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", help="YAML file of options, a diff against the defaults")
     for field in dataclasses.fields(options_class):
-        flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
-        default = dataclasses.MISSING  # keeps "not given" apart from any value
+        flag, help = _flag(field.name), field.metadata["help"].replace("%", "%%")
         if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
         elif field.type is list:
-            parser.add_argument(flag, nargs="*", default=default, help=help)
+            parser.add_argument(flag, nargs="*", help=help)
         else:
             shown = f"{help} (default: {field.default})" if field.default != "" else help
-            parser.add_argument(flag, type=field.type, choices=field.metadata["choices"], default=default, help=shown)
+            parser.add_argument(flag, type=field.type, choices=field.metadata["choices"], help=shown)
     return parser
-
-
-def _parse(parser, flags):
-    """{name: value} of the flags that are given."""
-    return {name: v for name, v in vars(parser.parse_args(flags)).items() if v is not dataclasses.MISSING}
 
 
 def _parse_mapping(parser, mapping, options_class, where):
     """The same for {option: value}, through flags, so that one parser checks both."""
-    names, flags, seen = [field.name for field in dataclasses.fields(options_class)], [], set()
+    names, flags = [field.name for field in dataclasses.fields(options_class)], []
     for key, value in mapping.items():
         name = str(key).replace("-", "_")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists the options"
             raise UserError(f"{where}: unknown key {key!r}; {hint}")
-        if name in seen:
-            raise UserError(f"{where}: {name} stands there twice")
-        seen.add(name)
-        flag = "--" + name.replace("_", "-")
+        flag = _flag(name)
         values = value if isinstance(value, list) else [value]
         if any(isinstance(item, list | dict) for item in values):
             raise UserError(f"{where}: {key} must be one value, or a list of such")
@@ -281,14 +267,14 @@ def _parse_mapping(parser, mapping, options_class, where):
         else:
             flags.append(f"{flag}={'' if value is None else value}")
     try:
-        return _parse(parser, flags)
+        return vars(parser.parse_args(flags))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
 class _ConfigLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
+        keys = [str(key.value).replace("-", "_") for key, _ in node.value]
         if len({*keys}) < len(keys):
             raise ValueError(f"a key twice: {max(keys, key=keys.count)}")
         return super().construct_mapping(node, deep)
@@ -316,7 +302,7 @@ def _interrupted(parser, options_class, values):
         raise UserError(f"--resume: {path} is not that of a run of {options_class.script}; name its --out")
     stored = _parse_mapping(parser, run["options"], options_class, path)
     free = ("out", "device", "resume", "save_every")  # they change nothing, or on another device the last digits
-    differ = [f"--{name.replace('_', '-')} is {stored.get(name)!r} there, not {value!r}"
+    differ = [f"{_flag(name)} is {stored.get(name)!r} there, not {value!r}"
               for name, value in values.items()
               if name not in free and value != stored.get(name)
               and value not in ("auto", "", [])]  # fmt: skip  # which a run fills in itself
@@ -338,7 +324,7 @@ def parse_options(options_class, argv=None):
             name, equals, value = word.partition("=")
             argv[i] = name.replace("_", "-") + equals + value
     parser = _build_parser(options_class)
-    values = _parse(parser, argv)
+    values = vars(parser.parse_args(argv))
     config = values.pop("config", None)
     if config is not None:
         values = _parse_mapping(parser, _read_config(config), options_class, f"--config {config}") | values
@@ -346,7 +332,7 @@ def parse_options(options_class, argv=None):
         values = _interrupted(parser, options_class, values)
     options = options_class(**values)
     for field in dataclasses.fields(options):
-        flag, value = f"--{field.name.replace('_', '-')}", getattr(options, field.name)
+        flag, value = _flag(field.name), getattr(options, field.name)
         low, high = field.metadata["low"], field.metadata["high"]
         if (low is not None and not value >= low) or (high is not None and not value <= high):
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"

@@ -7,9 +7,8 @@ import sys
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, no_device
 from .parallel import ALONE, world_size
-from .sources import no_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

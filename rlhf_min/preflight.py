@@ -13,12 +13,11 @@ from pathlib import Path
 
 from . import toy
 from .data import apply_chat_template
-from .errors import UserError, first_line
+from .errors import UserError, first_line, no_device
 from .files import read_json
 from .model_files import (
     OUTSIDE,
     adapted_modules,
-    check_finite,
     check_fit,
     check_judge_config,
     check_policy_config,
@@ -37,17 +36,16 @@ from .model_files import (
 from .sources import (
     base_of,
     check_on_hub,
-    check_source,
     find_model,
     import_function,
     in_cache,
     is_adapter,
     is_function,
     local_folder,
-    no_device,
 )
 
 FIRST = 1000  # so many rows are tokenised: a mistake that they all have shows, and a good run hardly waits
+FEW = 100  # rows that are tokenised as the run will do it, to see whether enough are left
 TOKENIZER = re.compile("token|vocab|spiece|spm|bpe")  # what is in the names of a tokenizer's files
 EXACT = {"TokenizersBackend", "PreTrainedTokenizer", "GPT2Tokenizer"}  # AutoTokenizer takes these as they are
 
@@ -60,11 +58,8 @@ def check_device(name):
         raise no_device(name)
 
 
-def check_names(files=(), policies=(), bases=(), judges=(), max_length=0):
+def check_names(policies=(), bases=(), judges=(), max_length=0):
     """UserError unless all of them are there, and are what their place needs; `max_length` is the policies'."""
-    for file in files:
-        if file not in toy.FILES:
-            check_source(file)
     for name in [*policies, *bases, *judges]:
         if name in judges and is_function(name):
             import_function(name)
@@ -73,9 +68,9 @@ def check_names(files=(), policies=(), bases=(), judges=(), max_length=0):
     for name in policies:
         if config := read_config(name):
             check_policy_config(name, config, max_length)
-        generation = Path(_folder(name) or "", "generation_config.json")
-        if generation.is_file():
-            eos_of_config(name, read_json(generation).get("eos_token_id"))
+        folder = _folder(name)
+        if folder and (folder / "generation_config.json").is_file():
+            eos_of_config(name, read_json(folder / "generation_config.json").get("eos_token_id"))
     for name in bases:
         read_config(name)
     for name in judges:
@@ -109,7 +104,6 @@ def check_model(name, judge=False):
         raise UserError(f"{name}: its config.json has model_type {config.get('model_type')!r}, which transformers does "
                         "not know; code that a model brings along is not run")  # fmt: skip
     check_tensors(name, shapes, config, len(label_names(config) or ()) if judge and is_classifier(config) else 0)
-    check_finite(name, folder)
 
 
 def _is_known(family):
@@ -196,7 +190,8 @@ def quick_tokenizer(name):
     kind = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class") or "").removesuffix("Fast")
     if not kind:  # AutoTokenizer goes by the model, and so do the special tokens
         return None, False
-    exact = kind in EXACT and read_config(name).get("model_type") != "qwen2"  # of which it always makes its own
+    family = str(read_config(name).get("model_type"))
+    exact = kind in EXACT and not family.startswith("qwen")  # of which it makes its own
     fast = transformers.PreTrainedTokenizerFast
     cls = getattr(transformers, kind, fast) if kind.endswith("Tokenizer") else fast
     try:
@@ -208,9 +203,9 @@ def quick_tokenizer(name):
         return None, False  # the run itself says what is wrong with it
 
 
-def first_rows(read, files):
-    """The first rows of the files that are there."""
-    return [row for file in files if Path(file).is_file() for row in islice(read(file), FIRST)]
+def first_rows(files, read, *args):
+    """The first rows of read(file, *args), of the files that are there."""
+    return [row for file in files if Path(file).is_file() for row in islice(read(file, *args), FIRST)]
 
 
 def check_template(tokenizer, conversations, **kwargs):

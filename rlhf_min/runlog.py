@@ -46,7 +46,7 @@ class RunLog:
         self.first = parallel.rank() == 0
         self.team = parallel.ALONE  # the processes that share this one's steps, whose first one logs them
         self._pending = []  # lines that have not reached the first process
-        self.options, self.save_every = options, options.save_every if hasattr(options, "save_every") else 0
+        self.options, self.save_every = options, options.save_every
         self._start = self._last_step = time.perf_counter()
         self._saved = None  # the state of the loop that was interrupted, until a loop begins
         self._in_step = self._stop = False
@@ -61,8 +61,7 @@ class RunLog:
         how_to_go_on = ""
         try:
             parts = self._begin({name: fingerprint(value) for name, value in inputs.items()}) if self.first else None
-            if parallel.from_first(parts is not None):
-                self._saved = unpack(parallel.to_each(parts))
+            self._saved = unpack(parallel.to_each(parts))
             if self.save_every and self.first:
                 folder, count = shlex.quote(str(self.folder)), parallel.world_size()
                 python = (
@@ -85,7 +84,7 @@ class RunLog:
                 os.close(self._lock)
 
     def _begin(self, inputs):
-        """Make the folder or go on in it; returns what each process's loop goes on with, None for a new run."""
+        """Make the folder or go on in it; returns what the loop of each process goes on with, None in a new run."""
         self.folder = self.options.folder()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock_folder()
@@ -101,11 +100,11 @@ class RunLog:
             "inputs": inputs,
             **machine,
         }
-        path, offset, parts = self.folder / "run.json", 0, None
+        path = self.folder / "run.json"
         if path.exists():
             run = read_json(path)
             self._compare(run, inputs, machine)
-            offset, parts = self._load_state()
+        offset, parts = self._load_state()
         write_json(path, run)
         self._lines = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
         if self._lines.tell() < offset:
@@ -128,15 +127,16 @@ class RunLog:
 
     def _compare(self, run, inputs, machine):
         """UserError for inputs other than those that `run` began with; its machine may be another, which it notes."""
-        if not getattr(self.options, "resume", False):
+        if not self.options.resume:
             raise UserError(f"{self.folder} was taken by another run a moment ago; name another --out")
         before = run["inputs"] if isinstance(run.get("inputs"), dict) else {}
         differ = [name for name, value in inputs.items() if before.get(name) != value]
         if differ:
             raise UserError(f"--resume: {', '.join(differ)}: not what the run in {self.folder} began with; "
                             "put it back, or begin a new run")  # fmt: skip
-        last = [run, *run.setdefault("resumed", [])][-1]
-        run["resumed"].append(machine)
+        resumed = run.setdefault("resumed", [])
+        last = resumed[-1] if resumed else run
+        resumed.append(machine)
         if any(last.get(key) != value for key, value in machine.items()):
             print(f"note: commit, versions, threads or device are not those in {self.folder}/run.json; figures may "
                   "differ in their last digits", file=sys.stderr)  # fmt: skip
@@ -145,7 +145,7 @@ class RunLog:
         """(size of metrics.jsonl at the last checkpoint, each process's state, which its next loop takes)"""
         path = self._checkpoints / "state.pt"
         if not path.exists():
-            return 0, None
+            return 0, [None] * parallel.world_size()
         saved = load_checkpoint(path)
         missing = [name for name in saved["finished"] if not (self._checkpoints / name).exists()]
         if missing:
@@ -174,8 +174,9 @@ class RunLog:
         if not self.save_every or threading.current_thread() is not threading.main_thread():
             yield
             return
+        # what a shell script starts with & ignores SIGINT
         heeded = [number for number in (signal.SIGINT, signal.SIGTERM)
-                  if signal.getsignal(number) is not signal.SIG_IGN]  # fmt: skip  # a script's & has it ignored
+                  if signal.getsignal(number) is not signal.SIG_IGN]  # fmt: skip
         before = {number: signal.signal(number, stop) for number in heeded}
         try:
             yield

@@ -129,11 +129,6 @@ def base_of(adapter):
     return chain[1]
 
 
-def no_device(name):
-    """The UserError for a device that is not there."""
-    return UserError(f"--device {name} is not to be had on this machine; try --device cpu")
-
-
 def named_judges(specs):
     """{name: spec} of judges `name=spec` or plain `spec`, whose name is then its last part; no name twice."""
     judges = {}

@@ -107,6 +107,9 @@ CASES = {
     "empty prompts": Case("warp", "--prompts a.jsonl", "a.jsonl: the file is empty", {"a.jsonl": b""}),
     "blank pairs": Case("rm", "--data a.jsonl", "a.jsonl: the file is empty", {"a.jsonl": b"\n \n"}),
     "empty texts": Case("pretrain", "--data a.txt", "a.txt: the file is empty", {"a.txt": b"\n"}),
+    "texts of blanks": Case(
+        "pretrain", "--data a.txt", "a.txt: the file is empty", {"a.txt": b"\xef\xbb\xbf\n\xc2\xa0\n"}
+    ),
     "gzip cut off": Case(
         "rm",
         "--data a.jsonl.gz",
@@ -184,6 +187,7 @@ CASES = {
     "too few pairs": Case("rm", "--batch-size 500", "lower --batch-size"),
     "all pairs too long": Case("rm", "--accept-weak --max-length 8", "10 longer than 8 tokens"),
     # models
+    "a name that is too long": Case("warp", f"--prompts {'x' * 300}.jsonl", "File name too long"),
     "missing policy": Case("warp", "--policy nowhere", "nowhere: no such folder"),
     "missing run": Case("evaluate", "--policies runs/rm", "runs/rm: no such folder"),
     "missing second policy": Case("evaluate", "--policies policy runs/rm", "runs/rm: no such folder"),
@@ -327,8 +331,8 @@ CASES = {
     "negative rank of WARP": Case("warp", "--lora-r=-1", "--lora-r must be at least 0, not -1"),
     "half a rank": Case("rm", "--lora-r 0.5", "--lora-r: invalid int value"),
     "alpha NaN": Case("warp", "--lora-alpha nan", "--lora-alpha must be at least 1e-06, not nan"),
-    "targets without a rank": Case("reinforce", "--lora-target-modules c_attn", "go with LoRA only; set --lora-r"),
-    "dropout without a rank": Case("rm", "--lora-dropout 0.1", "go with LoRA only; set --lora-r"),
+    "targets without a rank": Case("reinforce", "--lora-target-modules c_attn", "goes with LoRA only; set --lora-r"),
+    "dropout without a rank": Case("rm", "--lora-dropout 0.1", "--lora-dropout goes with LoRA only; set --lora-r"),
     "ties of one reward": Case("rm", "--ties half", "--ties goes with --head ordinal only"),
     "a judge without doubt": Case("reinforce", "--sigma advantage", "judge gives no σ; name an ordinal reward model"),
     "dropout": Case("rm", "--lora-dropout 1.5", "--lora-dropout must be between 0 and 0.99, not 1.5"),
@@ -1089,6 +1093,9 @@ LEGAL = {  # name → script, flags, and changes of copies of models, {copy: (or
     "base without EOS but with pad": (
         "rm", "--accept-weak --base copy", {"copy": ("policy", also("tokenizer_config.json", eos_token=None))},
     ),
+    "weights that no model reads": (
+        "warp", "--policy copy", {"copy": ("policy", tensors(lambda t: t.update(v_head=t[WTE] * float("nan"))))},
+    ),
     "policies of one architecture": ("evaluate", "--policies policy adapter copy --match-kl 0.1",
                                      {"copy": ("policy", also("config.json", n_embd=None, hidden_size=16))}),
 }  # fmt: skip
@@ -1196,7 +1203,7 @@ def check_refusal(workplace, capfd, case, start=lambda script, flags: MAINS[scri
 
 
 # What only transformers' classes and the values of the tensors show
-MODELS_NOT_EARLY = {"a tokenizer with code of its own"}
+MODELS_NOT_EARLY = {"a tokenizer with code of its own", "weights NaN", "judge NaN"}
 
 
 @pytest.mark.parametrize(
@@ -1444,7 +1451,7 @@ MISTAKES = {
         ("--reward-model sentiment", "the labels NEGATIVE, POSITIVE"),
         ("--max-length 65", "policy reads at most 64 tokens; lower --max-length 65"),
         ("--lora-r 2 --lora-target-modules q_proj", "named q_proj; there are c_attn, c_fc, c_proj"),
-        ("--lora-target-modules c_attn", "go with LoRA only"),
+        ("--lora-target-modules c_attn", "goes with LoRA only"),
         ("--num-eval-prompts 12", "12 distinct prompts: too few"),
         ("--prompts long.jsonl", "long.jsonl, line 1: the prompt has"),
         ("--prompts chat.jsonl", "no chat template"),

@@ -6,11 +6,18 @@ import re
 import threading
 import time
 import urllib.error
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2ForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2ForSequenceClassification,
+    GPTBigCodeConfig,
+    PreTrainedTokenizerFast,
+)
 
 from rlhf_min.errors import UserError
 from rlhf_min.models import (
@@ -321,6 +328,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, tiny_policy)
 def test_max_length_beyond_the_context_is_refused(folder, tiny_policy):
     """A sequence longer than the model has positions for is refused with both numbers; the full context is fine."""
     assert context_length(tiny_policy) == 64
+    assert context_length(SimpleNamespace(config=GPTBigCodeConfig(n_positions=32))) == 32  # under another name
     with pytest.raises(UserError, match="reads at most 64 tokens; lower --max-length 65"):
         load_policy(folder, CPU, 65)
     load_policy(folder, CPU, 64)

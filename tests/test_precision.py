@@ -222,7 +222,7 @@ def test_the_memory_of_large_tensors_is_kept():
             return faults() - before
         new = second()
         keep_memory()
-        print(new, second())"""
+        print(new, min(second() for _ in range(5)))"""  # older glibcs now and then place one anew
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("no glibc")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

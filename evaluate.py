@@ -63,17 +63,17 @@ class EvaluateOptions(SamplingOptions):
         if not self.front and not self.policies:
             self.policies = [toy.POLICY, newest_warp_run()]
         super().check()
-        sizes = [{key: config[key] for key in SIZES & config.keys()} for config in map(read_config, self.policies)]
-        if self.match_kl and any(one[key] != sizes[0][key] for one in sizes for key in one.keys() & sizes[0].keys()):
-            raise UserError("--match-kl needs policies of one architecture")
+        if self.match_kl:
+            first, *others = map(read_config, self.policies)
+            if any(first[key] != other[key] for other in others for key in SIZES & first.keys() & other.keys()):
+                raise UserError("--match-kl needs policies of one architecture")
 
     def check_tokens(self):
         super().check_tokens()
         if self.match_kl:
-            tokenizers = map(quick_tokenizer, self.policies)
-            vocabularies = [tokenizer.get_vocab() if exact else None for tokenizer, exact in tokenizers]
-            for name, vocabulary in zip(self.policies, vocabularies):
-                if None not in (vocabulary, vocabularies[0]) and vocabulary != vocabularies[0]:
+            (first, sure), *others = map(quick_tokenizer, self.policies)
+            for name, (tokenizer, exact) in zip(self.policies[1:], others):
+                if sure and exact and tokenizer.get_vocab() != first.get_vocab():
                     raise other_vocabulary(name, self.policies[0])
 
 

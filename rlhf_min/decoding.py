@@ -6,6 +6,8 @@ rows read two to four times as fast as the order that training needs. Keys and v
 and on a GPU the step is recorded as one CUDA graph, since launching its kernels one by one takes longer than they do.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -43,6 +45,8 @@ class Decoder:
         rope = getattr(config, "rope_parameters", None) or {}
         self.records = self.records and rope.get("rope_type") not in ("dynamic", "longrope")  # they look at the length
         self.cache, self.layers, self.graph = Cache(max_length) if self.fast else None, {}, None
+        takes = inspect.signature(getattr(model, "forward", model)).parameters
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
 
     def __enter__(self):
         if self.fast:
@@ -79,8 +83,8 @@ class Decoder:
 
     def _forward(self, tokens, mask, position_ids):
         output = self.model(input_ids=tokens, attention_mask=mask, position_ids=position_ids, use_cache=True,
-                            past_key_values=self.cache, logits_to_keep=1)  # fmt: skip
-        self.cache = output.past_key_values
+                            logits_to_keep=1, **{self.cache_name: self.cache})  # fmt: skip
+        self.cache = getattr(output, self.cache_name)
         return output.logits[:, -1]
 
     def keep(self, rows):

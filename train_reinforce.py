@@ -140,7 +140,7 @@ def main(argv=None):
     options.check_sigma(judges["reward"].has_sigma)
     sft = None if options.lora_r else get_weights(policy)
 
-    with log.running(policy=policy, judges=judges, prompts=prompts, eval_prompts=eval_prompts):
+    with log.running():
         evaluate = lambda: judge_policy(policy, tokenizer, eval_prompts, judges, options, policy, sft)
         before = log.once("before", evaluate)
         train_policy(policy, tokenizer, judges["reward"], prompts, sft, options, log)

@@ -282,7 +282,7 @@ def main(argv=None):
     train_rows, eval_rows = options.split(rows, eval_rows, reasons(dropped))
     threshold = accuracy_to_beat(eval_rows)
 
-    with log.running(base=model, train_rows=train_rows, eval_rows=eval_rows):
+    with log.running():
         head = "ten ratings" if options.head == "ordinal" else "one reward"
         if log.first:
             print(f"base: {options.base}, with a head for {head}, new unless it had one")

@@ -176,7 +176,7 @@ def main(argv=None):
     parallel.one_a_machine(train_rm.prepare_inputs, options.files(), options.model_names())
     policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
 
-    with log.running(policy=policy, judges=judges, prompts=prompts, eval_prompts=eval_prompts):
+    with log.running():
         sft, merged, init, geometry = train_warp(policy, tokenizer, judges["reward"], prompts, options, log)
         if log.first:
             save_policies(policy, tokenizer, sft, {"model": init, "merged": merged}, options, log.folder)

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rlhf_min.data import load_pairs
-from rlhf_min.errors import UserError, one_line_errors
+from rlhf_min.errors import one_line_errors
 from rlhf_min.models import save_model
 from rlhf_min.options import TrainingOptions, option, parse_options
 from rlhf_min.precision import resolve_device
@@ -44,6 +44,9 @@ class SmallOptions(TrainingOptions):
     weight_decay: float = option(0.0, "AdamW weight decay", low=0)
     seed: int = option(28, "seed of the initial weights and of the order", low=0)
 
+    def files(self):
+        return [self.data, f"{self.tokenizer}/tokenizer.json"]
+
 
 @one_line_errors
 def main(argv=None):
@@ -51,12 +54,10 @@ def main(argv=None):
     options.check()
     device = resolve_device(options)
     log = RunLog(options)
-    if not Path(options.tokenizer, "tokenizer.json").is_file():
-        raise UserError(f"--tokenizer {options.tokenizer}: no tokenizer.json in it; name a folder of SmolLM2's")
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     pairs, _ = load_pairs(options.data)
     rows = [encode_answer(tokenizer, pair.prompt, pair.chosen, max_length=options.max_length) for pair in pairs]
-    with log.running(conversations=rows):
+    with log.running():
         torch.manual_seed(options.seed)
         width = 64 * options.heads
         config = LlamaConfig(

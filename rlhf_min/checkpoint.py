@@ -4,18 +4,15 @@ A *state* is {name: what a step changes}: tensors (weights, an average of them),
 objects with torch's state_dict and load_state_dict (optimizer, order of the data).
 """
 
-import hashlib
 import io
 import random
-import warnings
 
 import numpy
 import torch
 
-from .errors import UserError, explain, first_line
+from .errors import explain, first_line
 from .files import whole
-
-FORMAT = "rlhf_min checkpoint 1"
+from .resume import FORMAT, no_checkpoint, read_state
 
 
 def save_checkpoint(path, **values):
@@ -26,18 +23,13 @@ def save_checkpoint(path, **values):
 
 def load_checkpoint(path, device="cpu"):
     """What save_checkpoint wrote, its tensors on `device`; UserError for anything else. Nothing in it can run code."""
-    why = "it has another format"
+    read_state(path)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what a foreign file may hold
-            values = torch.load(path, map_location=device, weights_only=True)
-        if isinstance(values, dict) and values.get("format") == FORMAT:
-            return values
+        return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # of the six kinds that a broken file raises here
         if explain(error):
             raise  # the file may be whole: no memory, or a disk that fails
-        why = first_line(error)
-    raise UserError(f"{path} is not a whole checkpoint of this program ({why}); remove the folder {path.parent} to "
-                    "begin the run anew")  # fmt: skip
+        raise no_checkpoint(path, first_line(error)) from None
 
 
 def pack(values):
@@ -91,19 +83,3 @@ class RandomState:
         torch.set_rng_state(state["torch"].cpu())
         for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(cuda.cpu(), device)
-
-
-def fingerprint(value):
-    """A SHA-256 of a model's weights, of a judge's, or of whatever prints all it is."""
-    digest = hashlib.sha256()
-    if not isinstance(value, torch.nn.Module):
-        value = getattr(value, "model", value)
-    if isinstance(value, dict):
-        digest.update(repr({name: fingerprint(item) for name, item in value.items()}).encode())
-    elif isinstance(value, torch.nn.Module):
-        for name, tensor in value.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    else:
-        digest.update(repr(value).encode())
-    return digest.hexdigest()

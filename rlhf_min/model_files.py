@@ -1,9 +1,10 @@
-"""What a model's files say of it: config.json, and names and shapes of its tensors. No torch, no weights are read."""
+"""What a model's files say of it: config.json, names and shapes of its tensors, and whether small ones are finite."""
 
 import math
 import re
 from pathlib import Path
 
+import numpy
 from safetensors import safe_open
 
 from .errors import UserError, first_line
@@ -50,9 +51,10 @@ def check_tensors(name, shapes, config, labels=0):
 
     For {tensor's name: shape} and families of which that is known; `labels` is the size of a judge's head, or 0.
     transformers, which knows all tensors of all families, takes seconds to say so. `lacking` is the message of both.
+    Returns the names of tensors that it reads for certain.
     """
     if (family := str(config.get("model_type"))) not in OUTSIDE:
-        return
+        return set()
 
     def size(*keys):
         key = next((key for key in keys if config.get(key) is not None), None)
@@ -64,11 +66,11 @@ def check_tensors(name, shapes, config, labels=0):
     vocabulary = size("vocab_size")
     size("max_position_embeddings", "n_positions")  # a number, if there
     if None in (layers, width, vocabulary):
-        return
+        return set()
     heads = size("num_attention_heads", "n_head", "n_heads")
     if heads and width % heads and family in ("gpt2", "bert", "distilbert"):
         raise UserError(f"{name}: {heads} heads cannot share a width of {width}; mend its config.json")
-    numbers, blocks, rest = set(), {}, {}
+    numbers, blocks, rest, read = set(), {}, {}, set()
     for key, shape in shapes.items():
         if not (found := re.fullmatch(r"(.*?\.)([0-9]{1,6})(\..*)", key)):
             if key.count(".") > 2 + ("bert" in family):
@@ -76,6 +78,7 @@ def check_tensors(name, shapes, config, labels=0):
             rest.setdefault(".".join(key.split(".")[-2:]), []).append((key, shape))
         elif (number := int(found[2])) < layers:  # of more than that, transformers takes no notice
             numbers.add(number)
+            read |= {key} if found[3].endswith((".weight", ".bias")) else set()
             blocks.setdefault((found[1], found[3], shape), set()).add(number)
     absent = {f"{start}{i}{end}" for (start, end, _), there in blocks.items() if 2 * len(there) >= len(numbers)
               for i in range(min(layers, 10_000)) if i not in there}  # fmt: skip  # of what most blocks have
@@ -91,6 +94,25 @@ def check_tensors(name, shapes, config, labels=0):
             absent.add(found[0][0])
     if absent:
         raise lacking(name, absent)
+    return read | {key for end, found in rest.items() if end.split(".")[0] in OUTSIDE[family] or end in wanted
+                   for key, _ in found}  # fmt: skip
+
+
+def check_finite(name, folder, keys):
+    """UserError for a NaN or an infinity in the named tensors of files that are read in a moment, below 256 MB."""
+    for path in weight_files(folder) if keys else ():
+        if path.stat().st_size > 2**28:
+            continue  # told by the run itself, once it has the model
+        with safe_open(path, framework="np") as file:
+            for key in sorted(keys & set(file.keys())):
+                known = file.get_slice(key).get_dtype() in ("F16", "F32", "F64")  # numpy has no bfloat16
+                if known and not numpy.isfinite(file.get_tensor(key)).all():
+                    raise not_finite(name, key)
+
+
+def not_finite(name, key):
+    """The UserError for a tensor with a NaN or an infinity in it."""
+    return UserError(f"{name}: {key} is not finite; save the model again")
 
 
 def lacking(name, absent):

@@ -26,6 +26,7 @@ from .model_files import (
     is_classifier,
     lacking,
     no_tokenizer,
+    not_finite,
 )
 from .sources import base_of, check_on_hub, find_model, is_adapter
 
@@ -96,7 +97,7 @@ def _load_weights(auto_class, name, tokenizer, **config):
 def _check_match(name, model, tokenizer):
     for key, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise UserError(f"{name}: {key} is not finite; save the model again")
+            raise not_finite(name, key)
     embedded = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embedded:
         raise UserError(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds {embedded}: no match")

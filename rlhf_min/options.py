@@ -23,6 +23,7 @@ from .errors import UserError, one_line_errors
 from .files import read_json
 from .model_files import check_ends
 from .preflight import FEW, check_device, check_names, check_targets, check_template, first_rows, quick_tokenizer
+from .resume import check_resume
 from .sources import check_source, named_judges
 
 LARGEST = {int: 2**31 - 1, float: 1e30}  # what any number may be: torch's kernels overflow beyond
@@ -64,6 +65,10 @@ class RunOptions:
 
     def files(self):
         """The files and hub data sets that the options name, "" where they name none."""
+        return []
+
+    def model_names(self):
+        """All models, and functions, that the options name."""
         return []
 
     def check(self):
@@ -153,7 +158,6 @@ class SamplingOptions(RunOptions):
         return named_judges(self.judge_specs()).values()
 
     def model_names(self):
-        """All models, and functions, that the options name."""
         return [*self.policy_names(), *self.judge_names()]
 
     def load_prompts(self, tokenizer):
@@ -349,6 +353,7 @@ def refuse_mistakes(options_class):
     """Check the command line and what it names before torch takes its seconds to import, the quickest checks first."""
     options = parse_options(options_class)
     options.check()
+    check_resume(options)
     options.check_rows()
     if options.device not in ("auto", "cpu"):
         from .precision import pick_device  # imports torch, but not transformers' models

@@ -18,6 +18,7 @@ from .files import read_json
 from .model_files import (
     OUTSIDE,
     adapted_modules,
+    check_finite,
     check_fit,
     check_judge_config,
     check_policy_config,
@@ -68,7 +69,7 @@ def check_names(policies=(), bases=(), judges=(), max_length=0):
     for name in policies:
         if config := read_config(name):
             check_policy_config(name, config, max_length)
-        folder = _folder(name)
+        folder = folder_of(name)
         if folder and (folder / "generation_config.json").is_file():
             eos_of_config(name, read_json(folder / "generation_config.json").get("eos_token_id"))
     for name in bases:
@@ -103,7 +104,8 @@ def check_model(name, judge=False):
     if not _is_known(config.get("model_type")):
         raise UserError(f"{name}: its config.json has model_type {config.get('model_type')!r}, which transformers does "
                         "not know; code that a model brings along is not run")  # fmt: skip
-    check_tensors(name, shapes, config, len(label_names(config) or ()) if judge and is_classifier(config) else 0)
+    labels = len(label_names(config) or ()) if judge and is_classifier(config) else 0
+    check_finite(name, folder, check_tensors(name, shapes, config, labels))
 
 
 def _is_known(family):
@@ -118,17 +120,17 @@ def _to_be_made(name):
     return root in toy.MODELS and not Path(root, "model").exists()
 
 
-def _folder(name):
+def folder_of(name):
     """The folder of a model that is on this machine, else None."""
     return None if is_function(name) or _to_be_made(name) else local_folder(name)
 
 
 def read_config(name):
     """What config.json says of a model, for an adapter of its base with the adapter's head; {} if not known here."""
-    folder = _folder(name)
+    folder = folder_of(name)
     if not folder or not is_adapter(folder):
         return read_json(folder / "config.json") if folder else {}
-    base, head = _base(folder), head_size(folder)
+    base, head = base_of_adapter(folder), head_size(folder)
     if not _to_be_made(base):
         check_model(base)
         if (files := local_folder(base)) and not is_adapter(files):
@@ -139,7 +141,7 @@ def read_config(name):
     return config
 
 
-def _base(adapter):
+def base_of_adapter(adapter):
     base = read_adapter_header(adapter)[0].get("base_model_name_or_path")
     return base if isinstance(base, str) and _to_be_made(base) else base_of(adapter)
 
@@ -153,7 +155,7 @@ def has_sigma(judge):
 
 def check_targets(name, targets):
     """UserError for a LoRA target that is no part of any tensor's name, in families whose modules are named alike."""
-    folder, there, linear = _folder(name), {"lm_head"}, set()
+    folder, there, linear = folder_of(name), {"lm_head"}, set()
     if not folder or not targets or is_adapter(folder) or read_config(name).get("model_type") not in OUTSIDE:
         return
     for key, shape in tensor_shapes(folder).items():
@@ -168,11 +170,16 @@ def check_targets(name, targets):
 
 def _tokenizer_folder(name):
     """The folder with a model's tokenizer, an adapter's own or its base's; None if not known. UserError without one."""
-    folder = _folder(name)
+    folder = folder_of(name)
     if folder and is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
-        return _tokenizer_folder(_base(folder))
-    if folder and Path(find_model(name)).exists() and not any(TOKENIZER.search(path.name) for path in folder.iterdir()):
-        raise no_tokenizer(name)
+        return _tokenizer_folder(base_of_adapter(folder))
+    if folder and Path(find_model(name)).exists():
+        files = {path.name for path in folder.iterdir() if TOKENIZER.search(path.name)}
+        if not files:
+            raise no_tokenizer(name)
+        if files == {"tokenizer_config.json"} and "auto_map" in read_json(folder / "tokenizer_config.json"):
+            raise UserError(f"{name}: its tokenizer is code that it brings along, which is not run; save a "
+                            "tokenizer.json beside it")  # fmt: skip
     return folder
 
 

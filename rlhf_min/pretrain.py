@@ -117,7 +117,7 @@ def main(argv=None):
     if options.data in toy.FILES:
         toy.ensure_texts()
     texts = list(read_texts(options.data))
-    with log.running(texts=texts):
+    with log.running():
         torch.manual_seed(options.seed)
         tokenizer = train_tokenizer(texts, options.vocab_size)
         eos = [tokenizer.eos_token_id]

@@ -99,9 +99,6 @@ class RewardFunction:
     def __init__(self, function, name, device):
         self.function, self.name, self.device = function, name, device
 
-    def __repr__(self):
-        return self.name
-
     def __call__(self, prompts, completions, ended):
         """As RewardModel; UserError where the function does not return one finite number per answer."""
         try:

@@ -21,9 +21,10 @@ import transformers
 from tqdm import tqdm
 
 from . import parallel
-from .checkpoint import RandomState, fingerprint, load_checkpoint, pack, restore, save_checkpoint, snapshot, unpack
+from .checkpoint import RandomState, load_checkpoint, pack, restore, save_checkpoint, snapshot, unpack
 from .errors import Stopped, UserError, explain
 from .files import read_json, write_json
+from .resume import check_inputs, check_state, fingerprints
 
 
 def git_commit():
@@ -53,14 +54,11 @@ class RunLog:
         self._bar = self._lines = self._lock = None
 
     @contextlib.contextmanager
-    def running(self, **inputs):
-        """`with log.running(...):` make the folder and run.json, or go on in them; an error says how to go on.
-
-        inputs: models and data, whose fingerprints must be those of the interrupted run.
-        """
+    def running(self):
+        """`with log.running():` make the folder and run.json, or go on in them; an error says how to go on."""
         how_to_go_on = ""
         try:
-            parts = self._begin({name: fingerprint(value) for name, value in inputs.items()}) if self.first else None
+            parts = self._begin() if self.first else None
             self._saved = unpack(parallel.to_each(parts))
             if self.save_every and self.first:
                 folder, count = shlex.quote(str(self.folder)), parallel.world_size()
@@ -83,7 +81,7 @@ class RunLog:
             if self._lock is not None:
                 os.close(self._lock)
 
-    def _begin(self, inputs):
+    def _begin(self):
         """Make the folder or go on in it; returns what the loop of each process goes on with, None in a new run."""
         self.folder = self.options.folder()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +91,7 @@ class RunLog:
         versions |= {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
         machine = {"commit": git_commit(), "versions": versions, "threads": torch.get_num_threads(),
                    "device": self.options.device, "processes": parallel.world_size()}  # fmt: skip
+        inputs = fingerprints(self.options)
         run = {
             "script": self.options.script,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -107,8 +106,6 @@ class RunLog:
         offset, parts = self._load_state()
         write_json(path, run)
         self._lines = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
-        if self._lines.tell() < offset:
-            raise UserError(f"{self.folder}/metrics.jsonl has lost lines that the checkpoint knows; begin a new run")
         self._lines.truncate(offset)  # what follows is done again
         return parts
 
@@ -129,11 +126,7 @@ class RunLog:
         """UserError for inputs other than those that `run` began with; its machine may be another, which it notes."""
         if not self.options.resume:
             raise UserError(f"{self.folder} was taken by another run a moment ago; name another --out")
-        before = run["inputs"] if isinstance(run.get("inputs"), dict) else {}
-        differ = [name for name, value in inputs.items() if before.get(name) != value]
-        if differ:
-            raise UserError(f"--resume: {', '.join(differ)}: not what the run in {self.folder} began with; "
-                            "put it back, or begin a new run")  # fmt: skip
+        check_inputs(self.folder, run, inputs)
         resumed = run.setdefault("resumed", [])
         last = resumed[-1] if resumed else run
         resumed.append(machine)
@@ -147,13 +140,7 @@ class RunLog:
         if not path.exists():
             return 0, [None] * parallel.world_size()
         saved = load_checkpoint(path)
-        missing = [name for name in saved["finished"] if not (self._checkpoints / name).exists()]
-        if missing:
-            raise UserError(f"{self._checkpoints}/{missing[0]} is missing; remove the folder {self._checkpoints} to "
-                            "begin the run anew")  # fmt: skip
-        if len(saved["parts"]) != parallel.world_size():
-            raise UserError(f"--resume: the run in {self.folder} is one of {len(saved['parts'])} processes, not "
-                            f"{parallel.world_size()}; start as many")  # fmt: skip
+        check_state(self.folder, saved)
         self._start -= saved["seconds"]
         print(f"resumed: {saved['title']}, after step {saved['step']}")
         return saved["metrics_bytes"], saved["parts"]

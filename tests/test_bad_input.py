@@ -574,12 +574,12 @@ CASES = {
         "rm", "--resume", "--lr must be at least 0", {RUN: run("rm", lr=-1.0)}
     ),
     "resume of a run of other inputs": Case(
-        "pretrain", "--resume", "texts: not what the run in out", {RUN: run("pretrain")}
+        "pretrain", "--resume", "texts.txt: not what the run in out", {RUN: run("pretrain")}
     ),
     "resume of a run whose inputs are a list": Case(
         "pretrain",
         "--resume",
-        "texts: not what the run in out began with",
+        "texts.txt: not what the run in out began with",
         {RUN: run("pretrain").replace(b'"inputs": {}', b'"inputs": [1]')},
     ),
 }
@@ -664,7 +664,6 @@ class Broken(NamedTuple):
     change: Callable  # of that folder
     fragment: str = "broken"
     flags: tuple = ("reinforce --policy broken",)
-    late: bool = False
     files: dict = {}  # noqa: RUF012
 
 
@@ -702,8 +701,13 @@ BROKEN = {
     "weights NaN": Broken(
         "policy",
         tensors(lambda t: t[WTE].fill_(float("nan"))),
-        "not finite",
-        late=True,
+        f"{WTE} is not finite",
+    ),
+    "an infinite bias": Broken(
+        "policy",
+        tensors(lambda t: t[f"{ATTENTION}.bias"][1:2].fill_(float("-inf"))),
+        f"{ATTENTION}.bias is not finite",
+        POLICY,
     ),
     "an index of shards that are missing": Broken(
         "policy",
@@ -836,7 +840,7 @@ BROKEN = {
     "judge whose labels are no numbers": Broken(
         "two_labels", also("config.json", id2label={"a": "1", "b": "2"}), flags=JUDGE
     ),
-    "judge NaN": Broken("judge", tensors(lambda t: t[HEAD].fill_(float("nan"))), "broken", flags=JUDGES, late=True),
+    "judge NaN": Broken("judge", tensors(lambda t: t[HEAD].fill_(float("nan"))), f"{HEAD} is not finite", flags=JUDGES),
     # adapters
     "adapter of another base": Broken(
         "adapted_judge",
@@ -999,20 +1003,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(workplace, capfd, recwarn, case):
     assert not recwarn.list  # a warning is a line, too
 
 
-# What only the model's tensors, the tokens of all rows, or the run itself shows
-NOT_EARLY = {"resume of a run of other inputs", "resume of a run whose inputs are a list"}
-
-
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.late])
 def test_a_mistake_is_refused_early(workplace, monkeypatch, capfd, name):
-    """T59: the same line comes from the checks before torch's import, but for the few of NOT_EARLY."""
+    """T59: the same line comes from the checks before torch's import."""
     case = CASES[name]
     for file, content in case.files.items():
         (workplace / file).parent.mkdir(parents=True, exist_ok=True)
         (workplace / file).write_bytes(content)
     code, line = refused_early(monkeypatch, capfd, case.script, case.flags)
-    assert code == (None if name in NOT_EARLY else 2)
-    assert name in NOT_EARLY or (line.count("\n") == 1 and case.fragment in line)
+    assert (code, line.count("\n")) == (2, 1) and case.fragment in line
 
 
 def refused_early(monkeypatch, capfd, script, flags):
@@ -1202,10 +1201,6 @@ def check_refusal(workplace, capfd, case, start=lambda script, flags: MAINS[scri
         assert after.keys() == before.keys()
 
 
-# What only transformers' classes and the values of the tensors show
-MODELS_NOT_EARLY = {"a tokenizer with code of its own", "weights NaN", "judge NaN"}
-
-
 @pytest.mark.parametrize(
     ("name", "flags"),
     [pytest.param(name, flags, id=f"{name}: {flags.split()[0]}")
@@ -1222,17 +1217,12 @@ def test_a_broken_model_is_one_line_and_exit_code_2(workplace, capfd, recwarn, m
     broken.change(workplace / "broken")
     for file, content in broken.files.items():
         (workplace / file).write_bytes(content)
-    case = Case(script, flags, broken.fragment, late=broken.late)
-    if name in MODELS_NOT_EARLY:
-        assert refused_early(monkeypatch, capfd, script, flags) == (None, "")
-        check_refusal(workplace, capfd, case)
-    else:
 
-        def early(script, flags):
-            monkeypatch.setattr("sys.argv", ["script", *flags])
-            refuse_mistakes(OPTIONS[script])
+    def early(script, flags):
+        monkeypatch.setattr("sys.argv", ["script", *flags])
+        refuse_mistakes(OPTIONS[script])
 
-        check_refusal(workplace, capfd, case, early)
+    check_refusal(workplace, capfd, Case(script, flags, broken.fragment), early)
     assert not recwarn.list
     assert not questions  # transformers would ask whether to run the code
     assert not (workplace / "executed").exists()
@@ -1279,21 +1269,26 @@ DAMAGE = {
     "no metrics": (lambda folder: (folder.parent / "metrics.jsonl").unlink(), "has lost lines"),
     "other texts": (
         lambda folder: (folder.parents[1] / "texts.txt").write_text("a b c"),
-        "texts: not what the run in out",
+        "texts.txt: not what the run in out",
     ),
 }
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["early", "by the run"])
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(interrupted, tmp_path, monkeypatch, capfd, recwarn, name):
-    """What --resume cannot go on with is refused by name, and no code in it is run."""
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(
+    interrupted, tmp_path, monkeypatch, capfd, recwarn, name, early
+):
+    """What --resume cannot go on with is refused by name, before torch is imported; and no code in it is run."""
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     change, fragment = DAMAGE[name]
     change(tmp_path / "out" / "checkpoint")
     capfd.readouterr()
+    flags = [*FLAGS["pretrain"].split(), "--resume"]
+    monkeypatch.setattr("sys.argv", ["script", *flags])
     with pytest.raises(SystemExit) as stop:
-        MAINS["pretrain"]([*FLAGS["pretrain"].split(), "--resume"])
+        refuse_mistakes(OPTIONS["pretrain"]) if early else MAINS["pretrain"](flags)
     assert stop.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert not recwarn.list

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -15,18 +16,21 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlhf_min.pretrain
 import train_reinforce
 import train_rm
 import train_warp
-from rlhf_min import checkpoint, files, reward_model, runlog
+from rlhf_min import checkpoint, files, runlog
 from rlhf_min.batches import Batches
-from rlhf_min.checkpoint import RandomState, fingerprint, load_checkpoint, restore, save_checkpoint, snapshot
+from rlhf_min.checkpoint import RandomState, load_checkpoint, restore, save_checkpoint, snapshot
 from rlhf_min.errors import UserError
 from rlhf_min.files import whole
+from rlhf_min.lora import add_lora, save_adapter
+from rlhf_min.models import save_model
+from rlhf_min.options import parse_options
 from rlhf_min.precision import Optimizer
+from rlhf_min.resume import fingerprints, read_state
 from tests.kills import results, run_quietly, survive
 
 SAMPLING = "--batch-size 4 --num-eval-prompts 4 --max-length 13 --lr 1e-3 --save-every 2"
@@ -226,20 +230,48 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path, precision):
     assert [moved for _, moved, *_ in whole_run].count(False) == (precision == "fp16")
 
 
-def test_fingerprints_know_weights_and_data(tiny_policy):
-    """The same inputs have the same fingerprint, in another process, too; one changed weight or token gives another."""
-    before = fingerprint({"a": tiny_policy, "b": [1, "x"]})
-    assert before == fingerprint({"a": tiny_policy, "b": [1, "x"]}) != fingerprint({"a": tiny_policy, "b": [1, "y"]})
-    with torch.no_grad():
-        next(tiny_policy.parameters()).view(-1)[5] += 1e-6
-    assert fingerprint({"a": tiny_policy, "b": [1, "x"]}) != before
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
-                                         num_attention_heads=1))  # fmt: skip
-    before = fingerprint(llama)  # whose backbone is called `model`, like that of a judge
-    llama.lm_head.weight.data[0, 0] += 1
-    assert fingerprint(llama) != before
-    function = reward_model.RewardFunction(len, "builtins.len", "cpu")
-    assert "0x" not in repr(function)  # no address, which another process would not have
+def test_fingerprints_are_those_of_the_files(tmp_path, monkeypatch, tiny_policy, tiny_tokenizer):
+    """SHA-256 of the data and of all that is read of a model, an adapter's base included; of what is not here, none."""
+    monkeypatch.chdir(tmp_path)
+    tiny_policy.config._name_or_path = "base"
+    save_model(tiny_policy, tiny_tokenizer, tmp_path / "base")
+    save_adapter(add_lora(tiny_policy, r=2, alpha=4), tmp_path / "run/model", tiny_tokenizer)
+    Path("run/model/notes.md").write_text("of no account")
+    Path("p.jsonl").write_text('{"prompt": "a"}\n')
+    flags = "--prompts p.jsonl --eval-prompts owner/name --policy run --reward-model rlhf_min.toy.gold_judge"
+    options = parse_options(train_warp.WarpOptions, flags.split())
+    found = fingerprints(options)
+    assert found["p.jsonl"] == hashlib.sha256(b'{"prompt": "a"}\n').hexdigest()
+    assert found["base: model.safetensors"] == hashlib.sha256(Path("base/model.safetensors").read_bytes()).hexdigest()
+    assert {"run: adapter_model.safetensors", "run: tokenizer.json", "base: config.json"} < found.keys()
+    assert {name.partition(":")[0] for name in found} == {"p.jsonl", "run", "base"}
+    assert not any("notes" in name for name in found)
+    Path("base/tokenizer.json").write_text("{}")
+    assert [name for name, value in fingerprints(options).items() if found[name] != value] == ["base: tokenizer.json"]
+
+
+def test_a_state_is_read_without_torch(tmp_path):
+    """read_state has the numbers and texts of a checkpoint, in another order than a run's own, and looks no name up."""
+    weight = torch.nn.Parameter(torch.randn(3, 2))
+    optimizer = Optimizer([weight], 0.1, torch.device("cpu"), "fp16", warmup_steps=4)
+    optimizer.backward((weight**2).sum())
+    optimizer.step()
+    state = {"weight": {"w": weight}, "optimizer": optimizer, "stream": Batches([1, 2, 3], 2, torch.Generator()),
+             "random": RandomState(), "baseline": {"value": 0.5, "count": 3}}  # fmt: skip
+    values = {"title": "θ", "step": 7, "metrics_bytes": 2**40, "parts": [{"state": snapshot(state)}], "finished": ["a"]}
+    save_checkpoint(tmp_path / "c.pt", **values)
+    read = read_state(tmp_path / "c.pt")
+    assert {name: read[name] for name in ("title", "step", "metrics_bytes", "finished")} == {
+        name: values[name] for name in ("title", "step", "metrics_bytes", "finished")
+    }
+    part = read["parts"][0]["state"]
+    assert part["baseline"] == {"value": 0.5, "count": 3} and part["optimizer"]["schedule"]["last_epoch"] == 1
+    assert part["weight"]["w"] == {}
+    whole_file = (tmp_path / "c.pt").read_bytes()
+    for length in range(0, len(whole_file), 97):
+        (tmp_path / "c.pt").write_bytes(whole_file[:length])
+        with pytest.raises(UserError, match="is not a whole checkpoint"):
+            read_state(tmp_path / "c.pt")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), OSError(errno.EIO, "I/O error")])
@@ -586,7 +618,7 @@ def test_other_data_under_the_same_name(interrupted, in_world, capsys):
     text = prompts.read_text()
     try:
         prompts.write_text("".join(text.splitlines(keepends=True)[1:]))
-        assert "prompts, eval_prompts: not what the run" in refused(capsys, "reinforce", interrupted, "--resume")
+        assert "prompts.jsonl: not what the run" in refused(capsys, "reinforce", interrupted, "--resume")
     finally:
         prompts.write_text(text)
     assert results(interrupted) == before
@@ -638,13 +670,13 @@ def test_two_runs_begun_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = train_rm.parse_options(train_rm.RewardModelOptions, [])
     first, second = runlog.RunLog(options), runlog.RunLog(options)
-    with first.running(data=1):
+    with first.running():
         pass
-    with second.running(data=1):
+    with second.running():
         assert (str(first.folder), str(second.folder)) == ("runs/rm-1", "runs/rm-2")
     third = runlog.RunLog(options)
     monkeypatch.setattr(options, "folder", lambda: first.folder)  # another process was faster by a moment
-    with pytest.raises(UserError, match="runs/rm-1 was taken by another run"), third.running(data=1):
+    with pytest.raises(UserError, match="runs/rm-1 was taken by another run"), third.running():
         pass
 
 

@@ -48,7 +48,7 @@ from rlhf_min.evaluation import format_table
 from rlhf_min.lora import add_lora
 from rlhf_min.models import get_weights, load_classifier, load_policy
 from rlhf_min.options import RunOptions, option, parse_options
-from rlhf_min.precision import autocast, resolve_device
+from rlhf_min.precision import autocast, keep_memory, resolve_device
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.rollout import sample
 from rlhf_min.runlog import RunLog
@@ -354,6 +354,7 @@ class Merge:
         return weights
 
     def ours(self, folder, options, turns):
+        keep_memory()  # as the optimizer has done when train_warp.py merges
         init, *policies = self._weights(options)
         turns.take(lambda: warp.merge(init, policies))
 
@@ -372,6 +373,7 @@ def measure_machine(options):
     """The rates of this machine: FLOP/s of a large product, bytes/s of reading, seconds to read three and write one
     new set of 124M weights."""
     synchronise = torch.cuda.synchronize if options.device.startswith("cuda") else lambda: None
+    keep_memory()
     a = torch.randn(2048, 2048, device=options.device)
     large = torch.randn(2**26, device=options.device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.precision, torch.float32)

@@ -9,7 +9,8 @@ import statistics
 
 import torch
 
-PIECE = 2**18  # numbers of a tensor that are worked on at a time, so that they stay in a cache
+PIECE = 2**19  # numbers of a tensor that are worked on at a time, so that they stay in a cache
+SMALL = 2**14  # below, a float64 product costs nothing
 
 
 def ema_update(ema, policy, mu):
@@ -90,27 +91,37 @@ def group_names(names, by="block"):
 def inner_products(init, policies, names):
     """The Gram matrix G_ij = ⟨δ_i, δ_j⟩ of the policies' task vectors over the named tensors: (M, M), float64.
 
-    In pieces that fit a cache, whose products are added up in float64; small ones are multiplied in it, too.
+    In pieces that fit a cache, whose products are added up in float64; small ones are multiplied in it, too, and so
+    are weights in other than float32.
     """
-    count = len(policies)
-    gram = torch.zeros(count, count, dtype=torch.float64, device=init[names[0]].device)
-    lower = torch.tril_indices(count, count)
+    count, some = len(policies), init[names[0]]
+    lower, products = torch.tril_indices(count, count), []
+    buffers = torch.empty(count, PIECE, device=some.device)  # the same again and again: new memory costs more
     for name in names:
-        flat = (weights[name].flatten().split(PIECE) for weights in (init, *policies))
-        for start, *ends in zip(*flat):
-            deltas = [end.float() - start if end.dtype.itemsize < 4 else end - start for end in ends]  # (n,) each
-            if len(start) < PIECE:
-                deltas = [delta.double() for delta in deltas]
-            gram[*lower] += torch.stack([torch.dot(deltas[i], deltas[j]) for i, j in zip(*lower.tolist())])
+        for start, *ends in _pieces(weights[name] for weights in (init, *policies)):
+            if len(start) < SMALL or start.dtype != torch.float32:
+                deltas = [end.double() - start for end in ends]  # (n,) each
+            else:
+                deltas = [torch.sub(end, start, out=delta) for end, delta in zip(ends, buffers[:, : len(start)])]
+            products.append(torch.stack([torch.dot(deltas[i], deltas[j]) for i, j in zip(*lower.tolist())]).double())
+    gram = torch.zeros(count, count, dtype=torch.float64, device=some.device)
+    gram[*lower] = torch.stack(products).sum(0)
     return gram + gram.tril(-1).T
 
 
 def combine(init, policies, coefficients):
     """θ_init + Σ_m c_m δ_m = (1 − Σ_m c_m) θ_init + Σ_m c_m θ_m of one tensor, as a new one."""
-    result = init * (1.0 - sum(coefficients))
-    for c, policy in zip(coefficients, policies):
-        result.add_(policy, alpha=c)
+    result = torch.empty(init.shape, dtype=init.dtype, device=init.device)
+    for out, start, *ends in _pieces((result, init, *policies)):
+        torch.mul(start, 1.0 - sum(coefficients), out=out)
+        for c, end in zip(coefficients, ends):
+            out.add_(end, alpha=c)
     return result
+
+
+def _pieces(tensors):
+    """Yield the same PIECE numbers of each tensor, (n,) each; of a contiguous one, they are views."""
+    return zip(*(tensor.flatten().split(PIECE) for tensor in tensors))
 
 
 def slerp_coefficients(gram):

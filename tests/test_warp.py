@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from rlhf_min.models import get_weights, set_weights, trained_weights
 from rlhf_min.warp import (
     PIECE,
+    SMALL,
     angle,
     ema_update,
     group_names,
@@ -118,6 +119,16 @@ def test_inner_products_over_several_tensors():
     b = init | {"x": vector(2.0, 1.0), "y": torch.tensor([[4.0], [3.0]], dtype=torch.float64), "z": vector(0.0)}
     # (1, 0, 0, 0) and (1, 0, 1, 0): ‖δ_1‖² = 1, ⟨δ_1, δ_2⟩ = 1, ‖δ_2‖² = 2
     assert inner_products(init, [a, b], ["x", "y"]).tolist() == [[1.0, 1.0], [1.0, 2.0]]
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-14), (torch.float64, 1e-14)])
+def test_inner_products_of_large_tensors(dtype, rel):
+    """Pieces that come out uneven, in float32 by its own products, in bfloat16 after a subtraction without rounding."""
+    start, *ends = (torch.randn(2 * PIECE + SMALL + 3).to(dtype) for _ in range(3))
+    deltas = [end.double() - start.double() for end in ends]
+    expected = torch.tensor([[(x @ y).item() for x in deltas] for y in deltas], dtype=torch.float64)
+    found = inner_products({"w": start}, [{"w": end} for end in ends], ["w"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=rel * expected.max().item())
 
 
 def test_angle_of_float32_weights():

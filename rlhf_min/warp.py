@@ -10,7 +10,7 @@ import statistics
 import torch
 
 PIECE = 2**19  # numbers of a tensor that are worked on at a time, so that they stay in a cache
-SMALL = 2**14  # below, a float64 product costs nothing
+SMALL = 2**17  # below, a product in float64 costs next to nothing
 
 
 def ema_update(ema, policy, mu):

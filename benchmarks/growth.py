@@ -30,7 +30,7 @@ from rlhf_min.errors import one_line_errors
 from rlhf_min.evaluation import format_table
 from rlhf_min.models import get_weights
 from rlhf_min.options import RunOptions, option, parse_options
-from rlhf_min.plots import plot_growth
+from rlhf_min.plots import draw
 from rlhf_min.precision import resolve_device
 from rlhf_min.reward_model import RewardModel
 from rlhf_min.runlog import RunLog
@@ -92,6 +92,22 @@ def time_step(setting, options):
     start = time.perf_counter()
     warp.merge(init, policies)
     return sum(clock.seconds) * 10 / steps + time.perf_counter() - start
+
+
+def plot_growth(rows, path):
+    """Seconds over each factor, in double logarithms, where a straight line of slope 1 is linear growth."""
+
+    def fill(panel, factor):
+        values, seconds = zip(*((row["value"], row["seconds"]) for row in rows if row["factor"] == factor))
+        panel.loglog(values, seconds, "o-", label="measured")
+        panel.loglog(values, [seconds[-1] * value / values[-1] for value in values], ":", label="linear")
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.set_xticks(values, map(str, values))
+        panel.minorticks_off()
+        panel.set(xlabel=factor, ylabel="seconds")
+
+    draw(list(dict.fromkeys(row["factor"] for row in rows)), fill, path, (3.6, 3.4))
 
 
 @one_line_errors

@@ -12,7 +12,7 @@ def _pyplot():
     return pyplot
 
 
-def _draw(names, fill, path, size):
+def draw(names, fill, path, size):
     """A panel for each name, which fill(panel, name) draws into; a legend in the first, if its lines have labels."""
     pyplot = _pyplot()
     if pyplot is None:
@@ -41,7 +41,7 @@ def plot_metrics(metrics, names, path, series=lambda row: ""):
             panel.plot([row["step"] for row in rows], [row[name] for row in rows], label=shown, linewidth=1)
         panel.set(xlabel="step", ylabel=name)
 
-    _draw(names, fill, path, (4.5, 3.4))
+    draw(names, fill, path, (4.5, 3.4))
 
 
 def plot_front(fronts, judge_names, path):
@@ -57,20 +57,4 @@ def plot_front(fronts, judge_names, path):
                                    textcoords="offset points", fontsize=7)  # fmt: skip
         panel.set(xlabel="KL to SFT, nats per answer", ylabel=name)
 
-    _draw(judge_names, fill, path, (4.5, 3.6))
-
-
-def plot_growth(rows, path):
-    """Seconds over each factor, in double logarithms, where a straight line of slope 1 is linear growth."""
-
-    def fill(panel, factor):
-        values, seconds = zip(*((row["value"], row["seconds"]) for row in rows if row["factor"] == factor))
-        panel.loglog(values, seconds, "o-", label="measured")
-        panel.loglog(values, [seconds[-1] * value / values[-1] for value in values], ":", label="linear")
-        panel.set_yscale("log", base=2)
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.set_xticks(values, map(str, values))
-        panel.minorticks_off()
-        panel.set(xlabel=factor, ylabel="seconds")
-
-    _draw(list(dict.fromkeys(row["factor"] for row in rows)), fill, path, (3.6, 3.4))
+    draw(judge_names, fill, path, (4.5, 3.6))

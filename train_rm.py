@@ -19,7 +19,7 @@ from rlhf_min.data import encode_answer, load_pairs, pair_of_row, read_rows, wit
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.model_files import check_ends, context_of_config
 from rlhf_min.options import LoRAOptions, option, parse_options, refuse_mistakes
-from rlhf_min.preflight import FEW, check_names, check_template, first_rows, quick_tokenizer, read_config
+from rlhf_min.preflight import FEW, check_base, check_template, first_rows, quick_tokenizer, read_config
 
 
 @dataclass
@@ -67,7 +67,7 @@ class RewardModelOptions(LoRAOptions):
         if self.data == toy.TRAIN_PAIRS:
             self.eval_data = self.eval_data or toy.EVAL_PAIRS
         super().check()
-        check_names(bases=self.model_names())
+        check_base(self.base)
         self.check_lora(self.base)
         if self.ties != "strict" and self.head == "scalar":
             raise UserError("--ties goes with --head ordinal only; leave one of them out")

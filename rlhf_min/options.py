@@ -22,7 +22,16 @@ from .data import hold_out_of, load_prompts, prompt_of_row, read_prompts, with_a
 from .errors import UserError, one_line_errors
 from .files import read_json
 from .model_files import check_ends
-from .preflight import FEW, check_device, check_names, check_targets, check_template, first_rows, quick_tokenizer
+from .preflight import (
+    FEW,
+    check_device,
+    check_judge,
+    check_policy,
+    check_targets,
+    check_template,
+    first_rows,
+    quick_tokenizer,
+)
 from .resume import check_resume
 from .sources import check_source, named_judges
 
@@ -171,7 +180,10 @@ class SamplingOptions(RunOptions):
         if self.prompt_tokens >= self.max_length:
             raise UserError(f"--prompt-tokens {self.prompt_tokens} leaves no room for an answer; --max-length is "
                             f"{self.max_length}")  # fmt: skip
-        check_names(policies=self.policy_names(), judges=self.judge_names(), max_length=self.max_length)
+        for name in self.policy_names():
+            check_policy(name, self.max_length)
+        for name in self.judge_names():
+            check_judge(name)
 
     def check_rows(self):
         prompts = self.load_prompts(None)

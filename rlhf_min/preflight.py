@@ -59,26 +59,29 @@ def check_device(name):
         raise no_device(name)
 
 
-def check_names(policies=(), bases=(), judges=(), max_length=0):
-    """UserError unless all of them are there, and are what their place needs; `max_length` is the policies'."""
-    for name in [*policies, *bases, *judges]:
-        if name in judges and is_function(name):
-            import_function(name)
-        elif not _to_be_made(name):
-            check_model(name, judge=name in judges)
-    for name in policies:
-        if config := read_config(name):
-            check_policy_config(name, config, max_length)
-        folder = folder_of(name)
-        if folder and (folder / "generation_config.json").is_file():
-            eos_of_config(name, read_json(folder / "generation_config.json").get("eos_token_id"))
-    for name in bases:
-        read_config(name)
-    for name in judges:
-        if config := read_config(name):
-            check_judge_config(name, config)
-    for name in [*policies, *bases, *judges]:
-        _tokenizer_folder(name)
+def check_policy(name, max_length):
+    """UserError unless `name` is a language model that can read `max_length` tokens."""
+    if config := check_base(name):
+        check_policy_config(name, config, max_length)
+    folder = folder_of(name)
+    if folder and (folder / "generation_config.json").is_file():
+        eos_of_config(name, read_json(folder / "generation_config.json").get("eos_token_id"))
+
+
+def check_judge(name):
+    """UserError unless `name` is a reward model or a function."""
+    if is_function(name):
+        import_function(name)
+    elif config := check_base(name, judge=True):
+        check_judge_config(name, config)
+
+
+def check_base(name, judge=False):
+    """What read_config says of a model of any kind; UserError unless it is whole and has a tokenizer."""
+    if not _to_be_made(name):
+        check_model(name, judge)
+    _tokenizer_folder(name)
+    return read_config(name)
 
 
 def check_model(name, judge=False):

@@ -102,6 +102,7 @@ def check_model(name, judge=False):
     shapes = tensor_shapes(folder)
     if is_adapter(folder):
         adapted_modules(folder)
+        _check_base_of(folder)
         return
     config = read_json(folder / "config.json")
     if not _is_known(config.get("model_type")):
@@ -109,6 +110,15 @@ def check_model(name, judge=False):
                         "not know; code that a model brings along is not run")  # fmt: skip
     labels = len(label_names(config) or ()) if judge and is_classifier(config) else 0
     check_finite(name, folder, check_tensors(name, shapes, config, labels))
+
+
+def _check_base_of(adapter):
+    base = base_of_adapter(adapter)
+    if _to_be_made(base):
+        return
+    check_model(base)
+    if (folder := local_folder(base)) and not is_adapter(folder):
+        check_fit(adapter, folder)
 
 
 def _is_known(family):
@@ -133,13 +143,8 @@ def read_config(name):
     folder = folder_of(name)
     if not folder or not is_adapter(folder):
         return read_json(folder / "config.json") if folder else {}
-    base, head = base_of_adapter(folder), head_size(folder)
-    if not _to_be_made(base):
-        check_model(base)
-        if (files := local_folder(base)) and not is_adapter(files):
-            check_fit(folder, files)
-    config = read_config(base)
-    if head:
+    config = read_config(base_of_adapter(folder))
+    if head := head_size(folder):
         config |= {"architectures": ["SequenceClassification"], "id2label": None, **head_labels(head)}
     return config
 

@@ -19,7 +19,7 @@ from rlhf_min.data import encode_answer, load_pairs, pair_of_row, read_rows, wit
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.model_files import check_ends, context_of_config
 from rlhf_min.options import LoRAOptions, option, parse_options, refuse_mistakes
-from rlhf_min.preflight import FEW, check_base, check_template, first_rows, quick_tokenizer, read_config
+from rlhf_min.preflight import FIRST, check_base, check_template, first_rows, quick_tokenizer, read_config
 
 
 @dataclass
@@ -90,7 +90,7 @@ class RewardModelOptions(LoRAOptions):
         if not exact:
             return
         check_ends(self.base, tokenizer)
-        if self.all_local() and len(rows) < FEW:  # these are all
+        if self.all_local() and len(rows) < FIRST:  # these are all
             max_length = min(self.max_length, context_of_config(read_config(self.base)))
             rows, eval_rows, dropped = encode_rows(self, tokenizer, max_length)
             self.split(rows, eval_rows, reasons(dropped))

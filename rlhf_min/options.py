@@ -23,7 +23,7 @@ from .errors import UserError, one_line_errors
 from .files import read_json
 from .model_files import check_ends
 from .preflight import (
-    FEW,
+    FIRST,
     check_device,
     check_judge,
     check_policy,
@@ -199,10 +199,11 @@ class SamplingOptions(RunOptions):
                 check_template(tokenizer, messages, add_generation_prompt=True)
                 continue
             check_ends(name, tokenizer, policy=True)
-            for row in rows:
-                prompt_of_row(*row, tokenizer, self.prompt_tokens, self.max_length)
-            if self.all_local() and len(rows) < FEW:  # these are all
+            if self.all_local() and len(rows) < FIRST:  # these are all
                 self.draw_from(*self.load_prompts(tokenizer))
+            else:
+                for row in rows:
+                    prompt_of_row(*row, tokenizer, self.prompt_tokens, self.max_length)
         if messages:
             for name in self.judge_names():
                 check_template(quick_tokenizer(name)[0], [with_answer(prompt, "Yes.") for prompt in messages])

@@ -45,8 +45,7 @@ from .sources import (
     local_folder,
 )
 
-FIRST = 1000  # so many rows are tokenised: a mistake that they all have shows, and a good run hardly waits
-FEW = 100  # rows that are tokenised as the run will do it, to see whether enough are left
+FIRST = 1000  # so many rows are tokenised, for which a good run hardly waits; fewer are all, and may prove too few
 TOKENIZER = re.compile("token|vocab|spiece|spm|bpe")  # what is in the names of a tokenizer's files
 EXACT = {"TokenizersBackend", "PreTrainedTokenizer", "GPT2Tokenizer"}  # AutoTokenizer takes these as they are
 

@@ -181,6 +181,15 @@ CASES = {
         "lower --prompt-tokens",
         {"a.jsonl": rows({"text": "a"}, *SHORT)},
     ),
+    "hundreds of texts too short": Case(
+        "warp", "--prompts a.jsonl", "lower --prompt-tokens", {"a.jsonl": rows(*SHORT) * 200}
+    ),
+    "hundreds of pairs too long": Case(
+        "rm",
+        "--data a.jsonl --max-length 8",
+        "120 longer than 8 tokens",
+        {"a.jsonl": rows(*[{"chosen": "great " * 9, "rejected": "dull " * 9}] * 120)},
+    ),
     "beyond the context": Case("warp", "--max-length 65", "lower --max-length 65"),
     "too few prompts to hold out": Case("warp", "--num-eval-prompts 12", "--num-eval-prompts"),
     "too few prompts to evaluate on": Case("evaluate", "--num-prompts 13", "lower --num-prompts 13"),

@@ -11,6 +11,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 from .errors import UserError, first_line
@@ -33,7 +34,7 @@ def hub_refusal(path, timeout=1.0):
             answers.append("")
         except urllib.error.HTTPError as error:
             answers.append(error.headers.get("X-Error-Code"))  # which the hub sends, and no proxy in between
-        except (OSError, ValueError):
+        except (OSError, ValueError, HTTPException):  # the last one where something else than a web server answers
             return
 
     thread = threading.Thread(target=ask, daemon=True)  # looking up the host's name knows no timeout

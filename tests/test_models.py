@@ -3,6 +3,7 @@
 import copy
 import http.server
 import re
+import socket
 import threading
 import time
 import urllib.error
@@ -162,6 +163,26 @@ def test_the_hub_is_asked_once_and_shortly(monkeypatch):
         assert hub_refusal("x") == NO_HUB
     assert len(seen) == 2
     assert all(url == "https://hub.invalid/x" and timeout <= 2 for url, timeout in seen)
+
+
+def test_what_is_no_web_server_is_no_hub(monkeypatch, capfd):
+    """An endpoint that speaks another language, or is no address, is the hub that cannot be reached, in one line."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def greet():
+        connection, _ = server.accept()
+        connection.recv(1000)
+        connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+        connection.close()
+
+    threading.Thread(target=greet, daemon=True).start()
+    monkeypatch.setattr("threading.excepthook", threading.__excepthook__)  # prints; pytest's would warn
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for address in (f"http://127.0.0.1:{server.getsockname()[1]}", "https://no address"):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        assert hub_refusal("x") == NO_HUB
+    server.close()
+    assert capfd.readouterr().err == ""
 
 
 NOT_TRUSTED = {"trust_remote_code": False}  # code in a model folder never runs, not even after a y on the terminal

@@ -50,12 +50,11 @@ def hub_refusal(path, timeout=1.0):
 
 def check_source(source):
     """UserError unless `source` is a file of rows, empty, or a hub data set that can be had."""
-    path = Path(source)
-    name = source.partition(":")[0]
-    is_hub_name = name.count("/") == 1 and not source.startswith(("/", "."))
-    is_hub_name &= not path.exists() and path.suffix not in {".jsonl", ".gz", ".json", ".txt"}
+    path, name = Path(source), source.partition(":")[0]
     if not source or path.is_file():
         return
+    is_hub_name = name.count("/") == 1 and not source.startswith(("/", ".")) and not path.exists()
+    is_hub_name &= path.suffix not in {".jsonl", ".gz", ".json", ".txt"}
     if not is_hub_name:
         raise UserError(f"{source}: no such file; give a .jsonl or .jsonl.gz file or a hub data set owner/name")
     if importlib.util.find_spec("datasets") is None:

@@ -180,14 +180,14 @@ MUTANTS = [
     ("batches", 'self.generator.set_state(state["generator"])', "pass"),
     ("files", "    except BaseException:\n        _remove(new)\n", "    except BaseException:\n"),
     ("files", "            _sync(part)\n", "            pass\n"),
-    ("checkpoint", "device, weights_only=True)\n        if", "device, weights_only=False)\n        if"),
+    ("checkpoint", "device, weights_only=True)\n    except", "device, weights_only=False)\n    except"),
     ("checkpoint", "            target.copy_(value)\n", "            pass\n"),
     ("checkpoint", "            target.load_state_dict(value)\n", "            pass\n"),
     ("checkpoint", "            state[name] = value\n", "            pass\n"),
     ("checkpoint", '        random.setstate(state["python"])\n', ""),
     ("checkpoint", '        numpy.random.set_state(state["numpy"])\n', ""),
     ("checkpoint", '        torch.set_rng_state(state["torch"].cpu())\n', ""),
-    ("checkpoint", "            digest.update(tensor", "            repr(tensor"),
+    ("resume", 'return hashlib.file_digest(file, "sha256").hexdigest()', "return path.name"),
     ("runlog", "        self._lines.truncate(offset)", "        pass"),
     ("runlog", "        self._lines.truncate(offset)", "        offset and self._lines.truncate(offset)"),
     ("runlog", "metrics_bytes=self._lines.tell()", "metrics_bytes=0"),
@@ -195,7 +195,7 @@ MUTANTS = [
     ("runlog", "(self._stop or step == steps or step", "(step == steps or step"),
     ("runlog", "range(done + 1, steps + 1)", "range(done or 1, steps + 1)"),
     ("runlog", 'and saved["title"] == title', ""),
-    ("runlog", ".get(name) != value]", ".get(name) == value]"),
+    ("resume", ".get(name) != value]", ".get(name) == value]"),
     ("runlog", "self._start -= saved", "self._start += saved"),
     ("runlog", "if not self._in_step or self._stop or", "if self._stop or"),
     ("runlog", "if parallel.from_first(self.first and path.exists()):", "if False:"),
@@ -204,7 +204,8 @@ MUTANTS = [
 ]  # fmt: skip
 TESTS = {"lora": ["lora"], "model_files": ["lora", "bad_input"], "batches": ["data", "rollout", "resume"],
          "decoding": ["decoding", "rollout"], "parallel": ["parallel"],
-         "checkpoint": ["resume", "bad_input"], "files": ["resume"], "runlog": ["resume"]}  # fmt: skip
+         "checkpoint": ["resume", "bad_input"], "resume": ["resume"], "files": ["resume"],
+         "runlog": ["resume"]}  # fmt: skip
 
 
 def passes(folder, test):

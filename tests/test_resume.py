@@ -282,6 +282,25 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_broken(tmp_path, err
         load_checkpoint(tmp_path / "c.pt")
 
 
+class Trap:
+    """Unpickled, it would make the folder `executed`."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_code_inside_a_checkpoint_is_not_run(tmp_path, monkeypatch):
+    """A file of the right format with a program in it is no checkpoint; without torch, what it would run is empty."""
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "c.pt", value=Trap())
+    assert read_state(tmp_path / "c.pt")["value"] == {}
+    with pytest.raises(UserError, match="is not a whole checkpoint of this program"):
+        load_checkpoint(tmp_path / "c.pt")
+    assert not (tmp_path / "executed").exists()
+    torch.load(tmp_path / "c.pt", weights_only=False)
+    assert (tmp_path / "executed").exists()  # it would have
+
+
 # crashes
 
 

@@ -103,7 +103,7 @@ class Optimizer:
     def backward(self, loss):
         """Add the gradient of `loss`, a scalar. A loss that is not finite stops the run."""
         if not math.isfinite(loss.item()):
-            raise UserError(f"the loss is {loss.item()}: the run diverged; lower --lr, or try --precision fp32")
+            raise _diverged("loss", loss.item())
         self.scaler.scale(loss).backward()
 
     def step(self):
@@ -116,7 +116,7 @@ class Optimizer:
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
         moved = math.isfinite(grad_norm)
         if not moved and not self.scaler.is_enabled():
-            raise UserError(f"the gradient norm is {grad_norm}: the run diverged; lower --lr, or try --precision fp32")
+            raise _diverged("gradient norm", grad_norm)
         self.lr = self.schedule.get_last_lr()[0]
         if moved:
             self.scaler.step(self.adam)
@@ -124,3 +124,7 @@ class Optimizer:
         self.scaler.update()  # halves the scale if unscale_ met a gradient that is not finite
         self.adam.zero_grad(set_to_none=True)
         return grad_norm, moved
+
+
+def _diverged(name, value):
+    return UserError(f"the {name} is {value}: the run diverged; lower --lr, or try --precision fp32")

@@ -157,7 +157,8 @@ def has_sigma(judge):
     """False for a judge that gives no σ, a function or a classifier of one label."""
     if is_function(judge) or (judge == toy.REWARD_MODEL and _to_be_made(judge)):
         return False
-    return len(label_names(read_config(judge)) or "??") > 1
+    labels = label_names(read_config(judge))
+    return not labels or len(labels) > 1  # none: odd ones, which the run itself looks at
 
 
 def check_targets(name, targets):

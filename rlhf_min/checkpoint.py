@@ -5,27 +5,35 @@ objects with torch's state_dict and load_state_dict (optimizer, order of the dat
 """
 
 import io
+import json
 import random
+import zipfile
 
 import numpy
 import torch
 
 from .errors import explain, first_line
 from .files import whole
-from .resume import FORMAT, no_checkpoint, read_state
+from .resume import ABOUT, FORMAT, no_checkpoint, read_about
 
 
-def save_checkpoint(path, **values):
-    """Write {name: tensors, numbers, texts, in dictionaries, lists and tuples}."""
-    with whole(path) as new, open(new, "wb") as file:
-        torch.save({"format": FORMAT, **values}, file)
+def save_checkpoint(path, about=None, **values):
+    """Write {name: tensors, numbers, texts, in dictionaries, lists and tuples} as torch does.
+
+    `about`, a dictionary that JSON has, goes beside it into the same archive, where it can be read without torch.
+    """
+    with whole(path) as new:
+        with open(new, "wb") as file:
+            torch.save(values, file)
+        with zipfile.ZipFile(new, "a") as archive:
+            archive.writestr(ABOUT, json.dumps({"format": FORMAT, **(about or {})}))
 
 
 def load_checkpoint(path, device="cpu"):
-    """What save_checkpoint wrote, its tensors on `device`; UserError for anything else. Nothing in it can run code."""
-    read_state(path)
+    """All that save_checkpoint wrote, tensors on `device`; UserError for anything else. No code in it can run."""
+    about = read_about(path)
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return about | torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # of the six kinds that a broken file raises here
         if explain(error):
             raise  # the file may be whole: no memory, or a disk that fails

@@ -45,8 +45,11 @@ class Decoder:
         rope = getattr(config, "rope_parameters", None) or {}
         self.records = self.records and rope.get("rope_type") not in ("dynamic", "longrope")  # they look at the length
         self.cache, self.layers, self.graph = Cache(max_length) if self.fast else None, {}, None
+        self.tokens = attention_mask.new_empty(len(attention_mask), 0, dtype=torch.long)  # so far, without a cache
         takes = inspect.signature(getattr(model, "forward", model)).parameters
-        self.cache_name = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
+        names = [name for name in ("cache", "past_key_values") if name in takes]  # the latter before transformers 5.24
+        # a model with a state instead of keys (Mamba) reads a mask of the new tokens only; some have neither
+        self.cache_name = names[0] if names and not getattr(model, "_is_stateful", False) else None
 
     def __enter__(self):
         if self.fast:
@@ -64,6 +67,9 @@ class Decoder:
         """tokens: (B, P), the prompts, then (B, 1), the token drawn last → logits (B, V)."""
         start, self.length = self.length, self.length + tokens.shape[1]
         if not self.fast:
+            if self.cache_name is None:  # all tokens again
+                tokens = self.tokens = torch.cat([self.tokens, tokens], dim=1)
+                start = 0
             return self._forward(tokens, self.real[:, : self.length], self.positions[:, start : self.length])
         if self.records and self.real.is_cuda and start and self.max_length - start > 8:
             self._record(tokens, start)
@@ -82,9 +88,10 @@ class Decoder:
         return self._forward(tokens, mask, self.positions[:, start : self.length])
 
     def _forward(self, tokens, mask, position_ids):
-        output = self.model(input_ids=tokens, attention_mask=mask, position_ids=position_ids, use_cache=True,
-                            logits_to_keep=1, **{self.cache_name: self.cache})  # fmt: skip
-        self.cache = getattr(output, self.cache_name)
+        cache = {self.cache_name: self.cache} if self.cache_name else {}
+        output = self.model(input_ids=tokens, attention_mask=mask, position_ids=position_ids, use_cache=bool(cache),
+                            logits_to_keep=1, **cache)  # fmt: skip
+        self.cache = getattr(output, self.cache_name) if cache else None
         return output.logits[:, -1]
 
     def keep(self, rows):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy
@@ -15,6 +16,7 @@ OUTSIDE = {  # modules outside of the blocks, the embedding first, by family, of
     "gpt2": ("wte", "wpe", "ln_f"), "gpt_neox": ("embed_in", "final_layer_norm"), "bert": _BERT, "distilbert": _BERT,
     "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA,
 }  # fmt: skip
+BACKBONE = {"gpt2": "transformer", "gpt_neox": "gpt_neox", "bert": "bert", "distilbert": "distilbert"}  # else "model"
 HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # of sequence classifiers
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 
@@ -51,7 +53,7 @@ def check_tensors(name, shapes, config, labels=0):
 
     For {tensor's name: shape} and families of which that is known; `labels` is the size of a judge's head, or 0.
     transformers, which knows all tensors of all families, takes seconds to say so. `lacking` is the message of both.
-    Returns the names of tensors that it reads for certain.
+    Returns the names of tensors that transformers reads for certain.
     """
     if (family := str(config.get("model_type"))) not in OUTSIDE:
         return set()
@@ -70,7 +72,7 @@ def check_tensors(name, shapes, config, labels=0):
     heads = size("num_attention_heads", "n_head", "n_heads")
     if heads and width % heads and family in ("gpt2", "bert", "distilbert"):
         raise UserError(f"{name}: {heads} heads cannot share a width of {width}; mend its config.json")
-    numbers, blocks, rest, read = set(), {}, {}, set()
+    numbers, blocks, rest = set(), {}, {}
     for key, shape in shapes.items():
         if not (found := re.fullmatch(r"(.*?\.)([0-9]{1,6})(\..*)", key)):
             if key.count(".") > 2 + ("bert" in family):
@@ -78,7 +80,6 @@ def check_tensors(name, shapes, config, labels=0):
             rest.setdefault(".".join(key.split(".")[-2:]), []).append((key, shape))
         elif (number := int(found[2])) < layers:  # of more than that, transformers takes no notice
             numbers.add(number)
-            read |= {key} if found[3].endswith((".weight", ".bias")) else set()
             blocks.setdefault((found[1], found[3], shape), set()).add(number)
     absent = {f"{start}{i}{end}" for (start, end, _), there in blocks.items() if 2 * len(there) >= len(numbers)
               for i in range(min(layers, 10_000)) if i not in there}  # fmt: skip  # of what most blocks have
@@ -94,15 +95,22 @@ def check_tensors(name, shapes, config, labels=0):
             absent.add(found[0][0])
     if absent:
         raise lacking(name, absent)
-    return read | {key for end, found in rest.items() if end.split(".")[0] in OUTSIDE[family] or end in wanted
-                   for key, _ in found}  # fmt: skip
+    named = {key: key.removeprefix(BACKBONE.get(family, "model") + ".") for key in shapes}
+    inside = {f"{start}{i}{end}" for (start, end, shape), there in blocks.items() for i in there
+              if len(there) == layers and len(shape) < 3 and end.endswith((".weight", ".bias"))}  # fmt: skip
+    twice = {plain for plain, count in Counter(named.values()).items() if count > 1}  # under both names: which is read?
+    return {key for key, plain in named.items() if plain not in twice
+            if (key in inside and re.match(r"(encoder\.layer|transformer\.layer|layers|h)\.\d", plain))
+            or plain.removeprefix("embeddings.") in wanted or key in wanted}  # fmt: skip
 
 
 def check_finite(name, folder, keys):
-    """UserError for a NaN or an infinity in the named tensors of files that are read in a moment, below 256 MB."""
-    for path in weight_files(folder) if keys else ():
-        if path.stat().st_size > 2**28:
-            continue  # told by the run itself, once it has the model
+    """UserError for a NaN or an infinity in the named tensors, where reading all takes a moment: below 256 MB.
+
+    Of others, the run itself tells it once it has the model.
+    """
+    files = weight_files(folder)
+    for path in files if sum(path.stat().st_size for path in files) < 2**28 else ():
         with safe_open(path, framework="np") as file:
             for key in sorted(keys & set(file.keys())):
                 known = file.get_slice(key).get_dtype() in ("F16", "F32", "F64")  # numpy has no bfloat16

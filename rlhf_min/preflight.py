@@ -101,6 +101,7 @@ def check_model(name, judge=False):
     shapes = tensor_shapes(folder)
     if is_adapter(folder):
         adapted_modules(folder)
+        check_finite(name, folder, set(shapes))
         _check_base_of(folder)
         return
     config = read_json(folder / "config.json")
@@ -185,10 +186,19 @@ def _tokenizer_folder(name):
         files = {path.name for path in folder.iterdir() if TOKENIZER.search(path.name)}
         if not files:
             raise no_tokenizer(name)
-        if files == {"tokenizer_config.json"} and "auto_map" in read_json(folder / "tokenizer_config.json"):
-            raise UserError(f"{name}: its tokenizer is code that it brings along, which is not run; save a "
-                            "tokenizer.json beside it")  # fmt: skip
+        if "tokenizer_config.json" in files and "tokenizer.json" not in files:
+            config = read_json(folder / "tokenizer_config.json")
+            if "AutoTokenizer" in (config.get("auto_map") or ()) and not _is_class(config.get("tokenizer_class")):
+                raise UserError(f"{name}: its tokenizer is code that it brings along, which is not run; save a "
+                                "tokenizer.json beside it")  # fmt: skip
     return folder
+
+
+def _is_class(name):
+    """Whether transformers has a class of that name."""
+    import transformers
+
+    return isinstance(name, str) and hasattr(transformers, name)
 
 
 def quick_tokenizer(name):

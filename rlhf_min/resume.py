@@ -1,35 +1,39 @@
 """Whether --resume can go on: what run.json and the checkpoint say of a run, told without torch.
 
-The checkpoint's weights are not read here, and nothing in it can run code: see `read_state`.
+The checkpoint's weights are not read here, and nothing is unpickled.
 """
 
 import hashlib
+import json
 import os
-import pickle
 import zipfile
 from pathlib import Path
 
 from .errors import UserError, explain, first_line
 from .files import read_json
+from .model_files import weight_files
 from .preflight import base_of_adapter, folder_of
 from .sources import is_adapter
 
-FORMAT = "rlhf_min checkpoint 1"
-READ = {".json", ".jinja", ".model", ".safetensors", ".txt"}  # files of a model's folder that a loader may read
+FORMAT, ABOUT = "rlhf_min checkpoint 2", "archive/about.json"  # what a checkpoint is, and where in it that is said
+READ = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json",
+        "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt",
+        "tokenizer.model", "spiece.model")  # fmt: skip  # of a model's folder, beside the weights
 
 
 def fingerprints(options):
-    """{file: its SHA-256} of the data and models that the options name, and of the bases of adapters.
+    """{name: {file: its SHA-256}} of the data and models that the options name, and of the bases of adapters.
 
     What is not on this machine has none: a data set on the hub, a model that is not yet in its cache.
     """
-    files, models = {name: Path(name) for name in options.files() if Path(name).is_file()}, [*options.model_names()]
+    files = {name: [Path(name)] for name in options.files() if Path(name).is_file()}
+    models = [*options.model_names()]
     for name in models:
         if folder := folder_of(name):
-            files |= {f"{name}: {path.name}": path for path in folder.iterdir() if path.suffix in READ}
+            files[name] = [*(folder / file for file in READ), *weight_files(folder)]
             if is_adapter(folder):
                 models.append(base_of_adapter(folder))
-    return {name: _sha256(path) for name, path in sorted(files.items())}
+    return {name: {path.name: _sha256(path) for path in paths if path.is_file()} for name, paths in files.items()}
 
 
 def _sha256(path):
@@ -37,43 +41,33 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_inputs(folder, run, files):
-    """UserError where `files`, of `fingerprints`, are not those that a run.json has."""
-    before = run["inputs"] if isinstance(run.get("inputs"), dict) else {}
-    differ = [name for name, value in files.items() if before.get(name) != value]
-    if differ:
-        raise UserError(f"--resume: {differ[0]}: not what the run in {folder} began with; put it back, or begin a new "
-                        "run")  # fmt: skip
+def check_inputs(folder, run, now):
+    """UserError where `now`, the `fingerprints` of what is here, are not those that a run.json has."""
+    begun = run["inputs"] if isinstance(run.get("inputs"), dict) else {}
+    for name, files in now.items():
+        before = begun[name] if isinstance(begun.get(name), dict) else {}
+        in_cache = before and not Path(name).exists()  # of the hub, which may have got more of its files since
+        differ = [file for file in (before if in_cache else before | files) if before.get(file) != files.get(file)]
+        if differ:
+            what = name if Path(name).is_file() else f"{name}: {differ[0]}"
+            raise UserError(f"--resume: {what}: not what the run in {folder} began with; put it back, or begin a new "
+                            "run")  # fmt: skip
 
 
-class _Plain(pickle.Unpickler):
-    """Numbers and texts in dictionaries, lists and tuples. Whatever else is there becomes empty; no name is used."""
-
-    class Nothing(dict):
-        def __init__(self, *args):
-            super().__init__()
-
-    def find_class(self, module, name):
-        return self.Nothing
-
-    def persistent_load(self, key):
-        return None  # the numbers of a tensor
-
-
-def read_state(path):
-    """What a checkpoint holds, but for its tensors; UserError for a file that is no whole one of this program."""
+def read_about(path):
+    """What a checkpoint says of itself, see save_checkpoint; UserError for a file that is no whole one of ours."""
+    why = "it has another format"
     try:
         with zipfile.ZipFile(path) as archive:
-            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            with archive.open(name) as file:
-                values = _Plain(file).load()
-    except Exception as error:  # a broken pickle raises what it likes
+            if ABOUT in archive.namelist() and archive.getinfo(ABOUT).file_size < 2**24:
+                about = json.loads(archive.read(ABOUT))
+                if isinstance(about, dict) and about.get("format") == FORMAT:
+                    return about
+    except Exception as error:  # of the six kinds that a broken file raises
         if explain(error):
-            raise  # no memory, or a disk that fails
-        raise no_checkpoint(path, first_line(error)) from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise no_checkpoint(path, "it has another format")
-    return values
+            raise  # the file may be whole: no memory, or a disk that fails
+        why = first_line(error)
+    raise no_checkpoint(path, why)
 
 
 def no_checkpoint(path, why):
@@ -82,17 +76,17 @@ def no_checkpoint(path, why):
                      "begin the run anew")  # fmt: skip
 
 
-def check_state(folder, saved):
+def check_state(folder, about):
     """UserError where finished runs or lines of metrics.jsonl are gone, or the run was one of other processes."""
     checkpoints, metrics = folder / "checkpoint", folder / "metrics.jsonl"
-    missing = [name for name in saved["finished"] if not (checkpoints / name).exists()]
+    missing = [name for name in about["finished"] if not (checkpoints / name).exists()]
     if missing:
         raise UserError(f"{checkpoints}/{missing[0]} is missing; remove the folder {checkpoints} to begin the run anew")
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if len(saved["parts"]) != processes:
-        raise UserError(f"--resume: the run in {folder} is one of {len(saved['parts'])} processes, not {processes}; "
+    if about["processes"] != processes:
+        raise UserError(f"--resume: the run in {folder} is one of {about['processes']} processes, not {processes}; "
                         "start as many")  # fmt: skip
-    if (metrics.stat().st_size if metrics.exists() else 0) < saved["metrics_bytes"]:
+    if (metrics.stat().st_size if metrics.is_file() else 0) < about["metrics_bytes"]:
         raise UserError(f"{metrics} has lost lines that the checkpoint knows; begin a new run")
 
 
@@ -101,8 +95,10 @@ def check_resume(options):
     folder = Path(options.out)
     if not options.resume or not (folder / "run.json").exists():
         return
+    checkpoints = folder / "checkpoint"
+    if (checkpoints / "state.pt").exists():
+        about = read_about(checkpoints / "state.pt")
+        check_state(folder, about)
+        for name in about["finished"]:
+            read_about(checkpoints / name)
     check_inputs(folder, read_json(folder / "run.json"), fingerprints(options))
-    for path in (folder / "checkpoint").glob("*.pt"):
-        saved = read_state(path)
-        if path.name == "state.pt":
-            check_state(folder, saved)

@@ -119,7 +119,8 @@ def _logits(model, rollout, weights):
         "use_cache": False,
     }
     output = model(**inputs) if weights is None else torch.func.functional_call(model, weights, kwargs=inputs)
-    return output.logits
+    logits, kept = output.logits, inputs["logits_to_keep"]
+    return logits if logits.shape[1] == len(kept) else logits[:, kept]  # some models give all, whatever is asked for
 
 
 def token_logprobs(model, rollout, temperature, weights=None):

@@ -203,11 +203,12 @@ class RunLog:
         parts = parallel.to_first(pack(part)) if parallel.world_size() > 1 else [part]
         if self.first:
             os.fsync(self._lines.fileno())
-            save_checkpoint(
-                self._checkpoints / "state.pt", title=title, step=step, metrics_bytes=self._lines.tell(), parts=parts,
-                finished=[path.name for path in self._checkpoints.glob("*.pt")],
-                seconds=time.perf_counter() - self._start,
-            )  # fmt: skip
+            about = {
+                "title": title, "step": step, "metrics_bytes": self._lines.tell(), "processes": len(parts),
+                "finished": [path.name for path in self._checkpoints.glob("*.pt") if path.name != "state.pt"],
+                "seconds": time.perf_counter() - self._start,
+            }  # fmt: skip
+            save_checkpoint(self._checkpoints / "state.pt", about, parts=parts)
 
     def _collect(self):
         """Write the lines of all processes."""

@@ -190,12 +190,19 @@ MUTANTS = [
     ("resume", 'return hashlib.file_digest(file, "sha256").hexdigest()', "return path.name"),
     ("runlog", "        self._lines.truncate(offset)", "        pass"),
     ("runlog", "        self._lines.truncate(offset)", "        offset and self._lines.truncate(offset)"),
-    ("runlog", "metrics_bytes=self._lines.tell()", "metrics_bytes=0"),
+    ("runlog", '"metrics_bytes": self._lines.tell()', '"metrics_bytes": 0'),
+    ("resume", "before if in_cache else before | files", "files"),
+    ("resume", "before if in_cache else before | files", "before | files"),
+    ("resume", 'about.get("format") == FORMAT', "about"),
+    ("resume", 'about["processes"] != processes', "False"),
+    ("model_files", "if plain not in twice", "if True"),
+    ("decoding", 'not getattr(model, "_is_stateful", False)', "True"),
+    ("rollout", "logits if logits.shape[1] == len(kept) else logits[:, kept]", "logits"),
     ("runlog", "(self._stop or step == steps or step", "(self._stop or step"),
     ("runlog", "(self._stop or step == steps or step", "(step == steps or step"),
     ("runlog", "range(done + 1, steps + 1)", "range(done or 1, steps + 1)"),
     ("runlog", 'and saved["title"] == title', ""),
-    ("resume", ".get(name) != value]", ".get(name) == value]"),
+    ("resume", "before.get(file) != files.get(file)]", "before.get(file) != files.get(file, before.get(file))]"),
     ("runlog", "self._start -= saved", "self._start += saved"),
     ("runlog", "if not self._in_step or self._stop or", "if self._stop or"),
     ("runlog", "if parallel.from_first(self.first and path.exists()):", "if False:"),
@@ -204,8 +211,8 @@ MUTANTS = [
 ]  # fmt: skip
 TESTS = {"lora": ["lora"], "model_files": ["lora", "bad_input"], "batches": ["data", "rollout", "resume"],
          "decoding": ["decoding", "rollout"], "parallel": ["parallel"],
-         "checkpoint": ["resume", "bad_input"], "resume": ["resume"], "files": ["resume"],
-         "runlog": ["resume"]}  # fmt: skip
+         "checkpoint": ["resume", "bad_input"], "resume": ["resume"], "rollout": ["rollout", "decoding", "enumeration"],
+         "files": ["resume"], "runlog": ["resume"]}  # fmt: skip
 
 
 def passes(folder, test):

@@ -677,6 +677,15 @@ class Broken(NamedTuple):
 
 
 POLICY = ("reinforce --policy broken", "rm --base broken")
+UNREAD = (
+    "v_head.ln_f.weight",
+    "ema.wte.weight",
+    "v_head.0.weight",
+    "v_head.1.weight",
+    "transformer.h.2.ln_1.weight",
+    "h.0.ln_1.weight",
+    "h.1.ln_1.weight",
+)
 JUDGE = ("evaluate --judges broken",)
 JUDGES = ("warp --reward-model broken", *JUDGE)
 PICKLE = pickle.dumps(Trap())
@@ -776,7 +785,7 @@ BROKEN = {
     "a tokenizer with code of its own": Broken(
         "policy",
         both(
-            put(evil__py=REMOTE.encode(), tokenizer__json=None),
+            put(evil__py=REMOTE.encode(), tokenization_evil__py=REMOTE.encode(), tokenizer__json=None),
             also(
                 "tokenizer_config.json",
                 tokenizer_class="EvilTokenizer",
@@ -868,6 +877,12 @@ BROKEN = {
         tensors(lambda t: [t.update({k.replace("attn.c_attn", "ln_1"): t.pop(k)}) for k in (LORA_A, LORA_B)], ADAPTER),
         "ln_1 does not fit the model",
         flags=JUDGE,
+    ),
+    "adapter NaN": Broken(
+        "adapted_judge",
+        tensors(lambda t: t[LORA_B][0].fill_(float("nan")), ADAPTER),
+        f"{LORA_B} is not finite",
+        flags=JUDGES,
     ),
     "adapter without its B": Broken(
         "adapted_judge", tensors(lambda t: t.pop(LORA_B), ADAPTER), "and lora_B ()", flags=JUDGE
@@ -1103,6 +1118,14 @@ LEGAL = {  # name → script, flags, and changes of copies of models, {copy: (or
     ),
     "weights that no model reads": (
         "warp", "--policy copy", {"copy": ("policy", tensors(lambda t: t.update(v_head=t[WTE] * float("nan"))))},
+    ),
+    "weights of others beside the model's": (
+        "warp", "--policy copy", {"copy": ("policy", tensors(lambda t: [t.update({key: t[WTE].mean(1) * float("nan")})
+                                                                        for key in UNREAD]))},
+    ),
+    "a tokenizer class of transformers beside a map of code": (
+        "warp", "--policy copy --max-length 8",
+        {"copy": ("policy", both(NO_JSON, also("tokenizer_config.json", auto_map={"AutoTokenizer": ["a.B", None]})))},
     ),
     "policies of one architecture": ("evaluate", "--policies policy adapter copy --match-kl 0.1",
                                      {"copy": ("policy", also("config.json", n_embd=None, hidden_size=16))}),

@@ -6,11 +6,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    OpenAIGPTConfig,
+    Qwen2Config,
+)
 
 from rlhf_min import decoding
 from rlhf_min.decoding import Decoder, positions
 from rlhf_min.lora import LoRALayer, add_lora, lora_disabled, lora_layers
+from rlhf_min.rollout import Rollout, token_logprobs
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50, "intermediate_size": 64}
 CONFIGS = {
@@ -64,6 +74,29 @@ def test_logits_of_every_family(family):
     assert decoder.fast
     for got, want in zip(logits, expected(model)):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [
+    MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4),  # a state instead of keys and values
+    OpenAIGPTConfig(vocab_size=50, n_positions=64, n_embd=32, n_layer=2, n_head=4),  # takes no cache, gives all logits
+], ids=["mamba", "openai-gpt"])  # fmt: skip
+def test_models_without_a_cache_of_keys(config):
+    """T2, T56: they see all tokens again at each step, and the scorer reads the same positions as everywhere."""
+    torch.manual_seed(1)
+    config.initializer_range = 0.3
+    model = AutoModelForCausalLM.from_config(config).eval()
+    real = torch.ones_like(REAL)
+    ones = torch.ones(3, 8, dtype=torch.bool)
+    with torch.no_grad():
+        want = [model(input_ids=torch.cat([TOKENS, NEXT[:, :t]], 1), use_cache=False).logits[:, -1] for t in range(4)]
+        rollout = Rollout(torch.cat([TOKENS, NEXT], 1), ones, ones[:, :3], ones[:, 0])
+        got_logprobs = token_logprobs(model, rollout, 0.7)
+    logits, _ = decode(model, TOKENS, real)
+    for got, expect in zip(logits, want):
+        torch.testing.assert_close(got, expect, atol=2e-5, rtol=1e-4)
+    for t in range(3):
+        scored = (want[t] / 0.7).log_softmax(-1).gather(1, NEXT[:, t : t + 1])[:, 0]
+        torch.testing.assert_close(got_logprobs[:, t], scored, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"sliding_window": 4}, {"_attn_implementation": "eager"}])

@@ -30,7 +30,7 @@ from rlhf_min.lora import add_lora, save_adapter
 from rlhf_min.models import save_model
 from rlhf_min.options import parse_options
 from rlhf_min.precision import Optimizer
-from rlhf_min.resume import fingerprints, read_state
+from rlhf_min.resume import check_inputs, check_state, fingerprints, read_about
 from tests.kills import results, run_quietly, survive
 
 SAMPLING = "--batch-size 4 --num-eval-prompts 4 --max-length 13 --lr 1e-3 --save-every 2"
@@ -236,42 +236,51 @@ def test_fingerprints_are_those_of_the_files(tmp_path, monkeypatch, tiny_policy,
     tiny_policy.config._name_or_path = "base"
     save_model(tiny_policy, tiny_tokenizer, tmp_path / "base")
     save_adapter(add_lora(tiny_policy, r=2, alpha=4), tmp_path / "run/model", tiny_tokenizer)
-    Path("run/model/notes.md").write_text("of no account")
+    for path in ("run/model/notes.txt", "base/other.safetensors"):  # which no loader reads
+        Path(path).write_text("of no account")
+    Path("base/vocab.json").mkdir()
     Path("p.jsonl").write_text('{"prompt": "a"}\n')
     flags = "--prompts p.jsonl --eval-prompts owner/name --policy run --reward-model rlhf_min.toy.gold_judge"
     options = parse_options(train_warp.WarpOptions, flags.split())
     found = fingerprints(options)
-    assert found["p.jsonl"] == hashlib.sha256(b'{"prompt": "a"}\n').hexdigest()
-    assert found["base: model.safetensors"] == hashlib.sha256(Path("base/model.safetensors").read_bytes()).hexdigest()
-    assert {"run: adapter_model.safetensors", "run: tokenizer.json", "base: config.json"} < found.keys()
-    assert {name.partition(":")[0] for name in found} == {"p.jsonl", "run", "base"}
-    assert not any("notes" in name for name in found)
+    assert found["p.jsonl"] == {"p.jsonl": hashlib.sha256(b'{"prompt": "a"}\n').hexdigest()}
+    weights = Path("base/model.safetensors").read_bytes()
+    assert found["base"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()
+    shared = {"tokenizer.json", "tokenizer_config.json"}
+    assert found["run"].keys() == {"adapter_config.json", "adapter_model.safetensors", *shared}
+    assert found["base"].keys() == {"config.json", "generation_config.json", "model.safetensors", *shared}
+    assert found.keys() == {"p.jsonl", "run", "base"}
+    check_inputs("out", {"inputs": found}, found)
     Path("base/tokenizer.json").write_text("{}")
-    assert [name for name, value in fingerprints(options).items() if found[name] != value] == ["base: tokenizer.json"]
+    with pytest.raises(UserError, match=r"base: tokenizer\.json: not what the run in out began with"):
+        check_inputs("out", {"inputs": found}, fingerprints(options))
+    Path("base/tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"base: tokenizer\.json: not what the run in out began with"):
+        check_inputs("out", {"inputs": found}, fingerprints(options))
+    check_inputs("out", {"inputs": found | {"later": {"config.json": "0"}}}, found)  # that is not here at all
+    begun = {"inputs": {"owner/name": {"config.json": "0"}}}
+    check_inputs("out", begun, {"owner/name": {"config.json": "0", "generation_config.json": "1"}})  # downloaded since
 
 
-def test_a_state_is_read_without_torch(tmp_path):
-    """read_state has the numbers and texts of a checkpoint, in another order than a run's own, and looks no name up."""
-    weight = torch.nn.Parameter(torch.randn(3, 2))
-    optimizer = Optimizer([weight], 0.1, torch.device("cpu"), "fp16", warmup_steps=4)
-    optimizer.backward((weight**2).sum())
-    optimizer.step()
-    state = {"weight": {"w": weight}, "optimizer": optimizer, "stream": Batches([1, 2, 3], 2, torch.Generator()),
-             "random": RandomState(), "baseline": {"value": 0.5, "count": 3}}  # fmt: skip
-    values = {"title": "θ", "step": 7, "metrics_bytes": 2**40, "parts": [{"state": snapshot(state)}], "finished": ["a"]}
-    save_checkpoint(tmp_path / "c.pt", **values)
-    read = read_state(tmp_path / "c.pt")
-    assert {name: read[name] for name in ("title", "step", "metrics_bytes", "finished")} == {
-        name: values[name] for name in ("title", "step", "metrics_bytes", "finished")
-    }
-    part = read["parts"][0]["state"]
-    assert part["baseline"] == {"value": 0.5, "count": 3} and part["optimizer"]["schedule"]["last_epoch"] == 1
-    assert part["weight"]["w"] == {}
+def test_what_a_checkpoint_says_of_itself_is_read_without_torch(tmp_path):
+    """read_about has it back, and no file that is cut off passes for a whole one."""
+    about = {"title": "θ", "step": 7, "metrics_bytes": 2**40, "processes": 1, "finished": ["a"], "seconds": 0.5}
+    save_checkpoint(tmp_path / "c.pt", about, parts=[{"w": torch.randn(30)}])
+    assert {name: read_about(tmp_path / "c.pt")[name] for name in about} == about
+    for wrong, fragment in (
+        ({"processes": 2}, "one of 2 processes, not 1"),
+        ({"finished": ["gone"]}, "gone is missing"),
+    ):
+        with pytest.raises(UserError, match=fragment):
+            check_state(tmp_path, about | {"finished": [], "metrics_bytes": 0} | wrong)
+    save_checkpoint(tmp_path / "other.pt", about | {"format": "another program"})
+    with pytest.raises(UserError, match="it has another format"):
+        read_about(tmp_path / "other.pt")
     whole_file = (tmp_path / "c.pt").read_bytes()
-    for length in range(0, len(whole_file), 97):
+    for length in range(0, len(whole_file), 13):
         (tmp_path / "c.pt").write_bytes(whole_file[:length])
         with pytest.raises(UserError, match="is not a whole checkpoint"):
-            read_state(tmp_path / "c.pt")
+            read_about(tmp_path / "c.pt")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), OSError(errno.EIO, "I/O error")])
@@ -290,10 +299,9 @@ class Trap:
 
 
 def test_code_inside_a_checkpoint_is_not_run(tmp_path, monkeypatch):
-    """A file of the right format with a program in it is no checkpoint; without torch, what it would run is empty."""
+    """A file of the right format with a program in it is no checkpoint."""
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path / "c.pt", value=Trap())
-    assert read_state(tmp_path / "c.pt")["value"] == {}
     with pytest.raises(UserError, match="is not a whole checkpoint of this program"):
         load_checkpoint(tmp_path / "c.pt")
     assert not (tmp_path / "executed").exists()
@@ -737,9 +745,8 @@ def test_the_clock_goes_on(in_world, tmp_path, monkeypatch):
     with disturbed(runlog.RunLog, "step", 4), pytest.raises(Crash):
         run("reinforce", tmp_path / "run")
     path = tmp_path / "run/checkpoint/state.pt"
-    saved = load_checkpoint(path, "cpu")
-    saved.pop("format")
-    save_checkpoint(path, **saved | {"seconds": 1000.0})
+    parts = load_checkpoint(path, "cpu")["parts"]
+    save_checkpoint(path, read_about(path) | {"seconds": 1000.0}, parts=parts)
     resume("reinforce", tmp_path / "run")
     assert 1000 < json.loads((tmp_path / "run/summary.json").read_text())["wall_seconds"] < 1100
     assert not path.parent.exists()

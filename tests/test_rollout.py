@@ -130,6 +130,13 @@ def test_logprobs_equal_growing_prefixes(model):
         assert max(row[mask].tolist()) <= 0.0  # T10
 
 
+def test_a_model_that_gives_all_logits_scores_the_same_positions(model):
+    """T2: where logits_to_keep is ignored, the answer's positions are cut out of what it gives."""
+    rollout = roll(model)
+    gives_all = lambda logits_to_keep, **inputs: model(**inputs)
+    assert torch.equal(*(token_logprobs(m, rollout, TEMPERATURE)[rollout.mask] for m in (model, gives_all)))
+
+
 def test_padding_does_not_change_a_score(model):
     """T3: a prompt's answer scores the same alone as in a batch whose longest prompt is four tokens longer."""
     rollout = roll(model)

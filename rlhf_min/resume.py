@@ -15,7 +15,8 @@ from .model_files import weight_files
 from .preflight import base_of_adapter, folder_of
 from .sources import is_adapter
 
-FORMAT, ABOUT = "rlhf_min checkpoint 2", "archive/about.json"  # what a checkpoint is, and where in it that is said
+FORMAT, ABOUT = "rlhf_min checkpoint 3", "archive/about.json"  # what a checkpoint is, and where in it that is said
+STATE = {"title": str, "step": int, "metrics_bytes": int, "processes": int, "seconds": int | float, "finished": list}
 READ = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json",
         "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt",
         "tokenizer.model", "spiece.model")  # fmt: skip  # of a model's folder, beside the weights
@@ -58,6 +59,8 @@ def read_about(path):
     """What a checkpoint says of itself, see save_checkpoint; UserError for a file that is no whole one of ours."""
     why = "it has another format"
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         with zipfile.ZipFile(path) as archive:
             if ABOUT in archive.namelist() and archive.getinfo(ABOUT).file_size < 2**24:
                 about = json.loads(archive.read(ABOUT))
@@ -76,29 +79,45 @@ def no_checkpoint(path, why):
                      "begin the run anew")  # fmt: skip
 
 
-def check_state(folder, about):
-    """UserError where finished runs or lines of metrics.jsonl are gone, or the run was one of other processes."""
+def identity(run):
+    """What a run.json and each of its checkpoints must have in common."""
+    return {"script": run.get("script"), "options": run.get("options")}
+
+
+def check_state(folder, run):
+    """What the checkpoint of `run`, a run.json, says of itself, None before the first one.
+
+    UserError where it is none of this run, finished runs or lines of metrics.jsonl are gone, or the number of processes
+    is another.
+    """
     checkpoints, metrics = folder / "checkpoint", folder / "metrics.jsonl"
-    missing = [name for name in about["finished"] if not (checkpoints / name).exists()]
+    for path, right in ((checkpoints, checkpoints.is_dir()), (metrics, metrics.is_file())):
+        if os.path.lexists(path) and not right:
+            raise UserError(f"{path} is not what a run leaves under this name; remove it, or begin a new run")
+    if not os.path.lexists(checkpoints / "state.pt"):
+        return None
+    about = read_about(checkpoints / "state.pt")
+    if not all(isinstance(about.get(name), kind) for name, kind in STATE.items()):
+        raise no_checkpoint(checkpoints / "state.pt", "it is not the state of a run")
+    missing = [name for name in about["finished"] if not os.path.lexists(checkpoints / str(name))]
     if missing:
         raise UserError(f"{checkpoints}/{missing[0]} is missing; remove the folder {checkpoints} to begin the run anew")
+    for path in (checkpoints / str(name) for name in ("state.pt", *about["finished"])):
+        if read_about(path).get("run") != identity(run):
+            raise no_checkpoint(path, "it is one of another run")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if about["processes"] != processes:
         raise UserError(f"--resume: the run in {folder} is one of {about['processes']} processes, not {processes}; "
                         "start as many")  # fmt: skip
     if (metrics.stat().st_size if metrics.is_file() else 0) < about["metrics_bytes"]:
         raise UserError(f"{metrics} has lost lines that the checkpoint knows; begin a new run")
+    return about
 
 
 def check_resume(options):
     """UserError where the interrupted run in --out has other inputs, or its checkpoint is not whole."""
     folder = Path(options.out)
-    if not options.resume or not (folder / "run.json").exists():
-        return
-    checkpoints = folder / "checkpoint"
-    if (checkpoints / "state.pt").exists():
-        about = read_about(checkpoints / "state.pt")
-        check_state(folder, about)
-        for name in about["finished"]:
-            read_about(checkpoints / name)
-    check_inputs(folder, read_json(folder / "run.json"), fingerprints(options))
+    if options.resume and (folder / "run.json").exists():
+        run = read_json(folder / "run.json")
+        check_state(folder, run)
+        check_inputs(folder, run, fingerprints(options))

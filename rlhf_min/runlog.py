@@ -24,7 +24,7 @@ from . import parallel
 from .checkpoint import RandomState, load_checkpoint, pack, restore, save_checkpoint, snapshot, unpack
 from .errors import Stopped, UserError, explain
 from .files import read_json, write_json
-from .resume import check_inputs, check_state, fingerprints
+from .resume import check_inputs, check_state, fingerprints, identity
 
 
 def git_commit():
@@ -103,7 +103,8 @@ class RunLog:
         if path.exists():
             run = read_json(path)
             self._compare(run, inputs, machine)
-        offset, parts = self._load_state()
+        self._identity = identity(run)
+        offset, parts = self._load_state(run)
         write_json(path, run)
         self._lines = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
         self._lines.truncate(offset)  # what follows is done again
@@ -134,13 +135,11 @@ class RunLog:
             print(f"note: commit, versions, threads or device are not those in {self.folder}/run.json; figures may "
                   "differ in their last digits", file=sys.stderr)  # fmt: skip
 
-    def _load_state(self):
+    def _load_state(self, run):
         """(size of metrics.jsonl at the last checkpoint, each process's state, which its next loop takes)"""
-        path = self._checkpoints / "state.pt"
-        if not path.exists():
+        if check_state(self.folder, run) is None:
             return 0, [None] * parallel.world_size()
-        saved = load_checkpoint(path)
-        check_state(self.folder, saved)
+        saved = load_checkpoint(self._checkpoints / "state.pt")
         self._start -= saved["seconds"]
         print(f"resumed: {saved['title']}, after step {saved['step']}")
         return saved["metrics_bytes"], saved["parts"]
@@ -204,6 +203,7 @@ class RunLog:
         if self.first:
             os.fsync(self._lines.fileno())
             about = {
+                "run": self._identity,
                 "title": title, "step": step, "metrics_bytes": self._lines.tell(), "processes": len(parts),
                 "finished": [path.name for path in self._checkpoints.glob("*.pt") if path.name != "state.pt"],
                 "seconds": time.perf_counter() - self._start,
@@ -228,7 +228,7 @@ class RunLog:
             return saved["value"]
         value = make(*args)
         if self.save_every and self.first:
-            save_checkpoint(path, value=value, random=snapshot(RandomState()))
+            save_checkpoint(path, {"run": self._identity}, value=value, random=snapshot(RandomState()))
         return value
 
     def step(self, show=("loss",), **metrics):

@@ -195,6 +195,8 @@ MUTANTS = [
     ("resume", "before if in_cache else before | files", "before | files"),
     ("resume", 'about.get("format") == FORMAT', "about"),
     ("resume", 'about["processes"] != processes', "False"),
+    ("resume", '.get("run") != identity(run)', '.get("run") is None'),
+    ("resume", "isinstance(about.get(name), kind) for", "name in about for"),
     ("model_files", "if plain not in twice", "if True"),
     ("decoding", 'not getattr(model, "_is_stateful", False)', "True"),
     ("rollout", "logits if logits.shape[1] == len(kept) else logits[:, kept]", "logits"),

@@ -1288,6 +1288,18 @@ def raise_stopped(*arguments, **names):
     raise KeyboardInterrupt
 
 
+def as_folder(path):
+    """Put a folder where a file was."""
+    path.unlink()
+    path.mkdir()
+
+
+def as_file(path):
+    """Put a file where a folder was."""
+    shutil.rmtree(path)
+    path.write_bytes(b"")
+
+
 OTHER = {"format": "another program", "title": "language model"}
 DAMAGE = {
     "state of 0 bytes": (put(state__pt=b""), "state.pt is not a whole checkpoint"),
@@ -1299,6 +1311,26 @@ DAMAGE = {
     ),
     "metrics that lost lines": (lambda folder: (folder.parent / "metrics.jsonl").write_bytes(b""), "has lost lines"),
     "no metrics": (lambda folder: (folder.parent / "metrics.jsonl").unlink(), "has lost lines"),
+    "metrics that are a folder": (
+        lambda folder: as_folder(folder.parent / "metrics.jsonl"),
+        "metrics.jsonl is not what a run leaves",
+    ),
+    "checkpoint that is a file": (as_file, "out/checkpoint is not what a run leaves"),
+    "checkpoint that is a link to nothing": (
+        lambda folder: (shutil.rmtree(folder), folder.symlink_to("gone")),
+        "out/checkpoint is not what a run leaves",
+    ),
+    "state that is a folder": (lambda folder: as_folder(folder / "state.pt"), "(it is no file)"),
+    "state that is a pipe": (
+        lambda folder: ((folder / "state.pt").unlink(), os.mkfifo(folder / "state.pt")),
+        "(it is no file)",
+    ),
+    "state of another run": (
+        lambda folder: also(
+            "run.json", options={**json.loads((folder.parent / "run.json").read_text())["options"], "seed": 7}
+        )(folder.parent),
+        "state.pt is not a whole checkpoint of this program (it is one of another run)",
+    ),
     "other texts": (
         lambda folder: (folder.parents[1] / "texts.txt").write_text("a b c"),
         "texts.txt: not what the run in out",

@@ -30,7 +30,7 @@ from rlhf_min.lora import add_lora, save_adapter
 from rlhf_min.models import save_model
 from rlhf_min.options import parse_options
 from rlhf_min.precision import Optimizer
-from rlhf_min.resume import check_inputs, check_state, fingerprints, read_about
+from rlhf_min.resume import check_inputs, check_state, fingerprints, identity, read_about
 from tests.kills import results, run_quietly, survive
 
 SAMPLING = "--batch-size 4 --num-eval-prompts 4 --max-length 13 --lr 1e-3 --save-every 2"
@@ -267,12 +267,6 @@ def test_what_a_checkpoint_says_of_itself_is_read_without_torch(tmp_path):
     about = {"title": "θ", "step": 7, "metrics_bytes": 2**40, "processes": 1, "finished": ["a"], "seconds": 0.5}
     save_checkpoint(tmp_path / "c.pt", about, parts=[{"w": torch.randn(30)}])
     assert {name: read_about(tmp_path / "c.pt")[name] for name in about} == about
-    for wrong, fragment in (
-        ({"processes": 2}, "one of 2 processes, not 1"),
-        ({"finished": ["gone"]}, "gone is missing"),
-    ):
-        with pytest.raises(UserError, match=fragment):
-            check_state(tmp_path, about | {"finished": [], "metrics_bytes": 0} | wrong)
     save_checkpoint(tmp_path / "other.pt", about | {"format": "another program"})
     with pytest.raises(UserError, match="it has another format"):
         read_about(tmp_path / "other.pt")
@@ -281,6 +275,35 @@ def test_what_a_checkpoint_says_of_itself_is_read_without_torch(tmp_path):
         (tmp_path / "c.pt").write_bytes(whole_file[:length])
         with pytest.raises(UserError, match="is not a whole checkpoint"):
             read_about(tmp_path / "c.pt")
+
+
+def test_what_a_checkpoint_says_of_itself_must_go_with_the_run(tmp_path):
+    """check_state: None before the first checkpoint; then all fields as RunLog writes them, of this run, or refused."""
+    run, state = {"script": "train_x.py", "options": {"lr": 0.1}, "resumed": []}, tmp_path / "checkpoint" / "state.pt"
+    about = {"run": identity(run), "title": "θ", "step": 7, "metrics_bytes": 3, "processes": 1, "finished": ["a.pt"],
+             "seconds": 2}  # fmt: skip
+    assert check_state(tmp_path, run) is None
+    save_checkpoint(state, about)
+    save_checkpoint(state.with_name("a.pt"), {"run": identity(run)})
+    (tmp_path / "metrics.jsonl").write_bytes(b"{}\n")
+    assert check_state(tmp_path, run | {"resumed": [{}]}).items() >= about.items()
+    for wrong, fragment in (
+        ({"processes": 2}, "one of 2 processes, not 1"),
+        ({"finished": ["gone.pt"]}, "gone.pt is missing"),
+        ({"finished": ["state.pt", 3]}, "3 is missing"),
+        ({"metrics_bytes": 4}, "has lost lines"),
+        ({"run": None}, "it is one of another run"),
+        ({"run": {"script": "train_x.py", "options": {"lr": 0.2}}}, "it is one of another run"),
+        ({"run": {"script": "train_y.py", "options": {"lr": 0.1}}}, "it is one of another run"),
+        *(({name: odd}, "it is not the state of a run") for name in about if name != "run" for odd in (None, {}, b"")),
+    ):
+        save_checkpoint(state, {name: value for name, value in (about | wrong).items() if value != b""})  # left out
+        with pytest.raises(UserError, match=fragment):
+            check_state(tmp_path, run)
+    save_checkpoint(state, about)
+    save_checkpoint(state.with_name("a.pt"), {"run": {"script": "train_x.py", "options": {}}})
+    with pytest.raises(UserError, match=r"a\.pt is not a whole checkpoint of this program \(it is one of another run"):
+        check_state(tmp_path, run)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), OSError(errno.EIO, "I/O error")])

@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 from safetensors import safe_open
@@ -11,12 +12,37 @@ from safetensors import safe_open
 from .errors import UserError, first_line
 from .files import read_json
 
-_LLAMA, _BERT = ("embed_tokens", "norm"), ("word_embeddings", "position_embeddings")
-OUTSIDE = {  # modules outside of the blocks, the embedding first, by family, of those whose blocks are alike
-    "gpt2": ("wte", "wpe", "ln_f"), "gpt_neox": ("embed_in", "final_layer_norm"), "bert": _BERT, "distilbert": _BERT,
-    "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA,
+
+class Family(NamedTuple):
+    """How a family of models names its tensors; all of its blocks are alike."""
+
+    backbone: str  # before the names of blocks and of what is outside, but in a model without a head
+    outside: list  # modules outside of the blocks, the embedding first
+    head: str  # of a sequence classifier
+
+
+FAMILIES = {  # by config.json's model_type
+    family: Family(backbone, outside.split(), head)
+    for backbone, outside, head, families in (
+        ("model", "embed_tokens norm", "score", "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 smollm3 "
+                                                "olmo2 granite cohere starcoder2 stablelm glm4"),
+        ("model", "embed_tokens final_layernorm", "score", "phi"),
+        ("model", "decoder.embed_tokens", "score", "opt"),
+        ("gpt_neox", "embed_in final_layer_norm", "score", "gpt_neox"),
+        ("transformer", "wte wpe ln_f", "score", "gpt2 gpt_neo gpt_bigcode"),
+        ("transformer", "wte ln_f", "score", "gptj codegen"),
+        ("transformer", "wte norm_f", "score", "mpt"),
+        ("transformer", "word_embeddings ln_f", "score", "bloom falcon"),
+        ("bert", "embeddings.word_embeddings embeddings.position_embeddings", "classifier", "bert"),
+        ("distilbert", "embeddings.word_embeddings embeddings.position_embeddings", "classifier", "distilbert"),
+        ("roberta", "embeddings.word_embeddings embeddings.position_embeddings", "classifier.out_proj",
+         "roberta xlm-roberta camembert"),
+        ("electra", "embeddings.word_embeddings", "classifier.out_proj", "electra"),
+        ("deberta", "embeddings.word_embeddings", "classifier", "deberta-v2"),
+    )
+    for family in families.split()
 }  # fmt: skip
-BACKBONE = {"gpt2": "transformer", "gpt_neox": "gpt_neox", "bert": "bert", "distilbert": "distilbert"}  # else "model"
+EMBEDDING_SIZE = {"opt": "word_embed_proj_dim", "electra": "embedding_size", "deberta-v2": "embedding_size"}
 HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # of sequence classifiers
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 
@@ -55,8 +81,10 @@ def check_tensors(name, shapes, config, labels=0):
     transformers, which knows all tensors of all families, takes seconds to say so. `lacking` is the message of both.
     Returns the names of tensors that transformers reads for certain.
     """
-    if (family := str(config.get("model_type"))) not in OUTSIDE:
+    family = str(config.get("model_type"))
+    if family not in FAMILIES:
         return set()
+    backbone, outside, head = FAMILIES[family]
 
     def size(*keys):
         key = next((key for key in keys if config.get(key) is not None), None)
@@ -64,8 +92,9 @@ def check_tensors(name, shapes, config, labels=0):
             raise UserError(f"{name}: {key} in its config.json must be a whole number, not {config[key]!r}")
         return key and config[key]
 
-    layers, width = size("num_hidden_layers", "n_layer", "n_layers"), size("hidden_size", "n_embd", "dim")
-    vocabulary = size("vocab_size")
+    layers = size("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    width, vocabulary = size("hidden_size", "n_embd", "dim", "d_model"), size("vocab_size")
+    embedding = size(EMBEDDING_SIZE.get(family, "hidden_size")) or width
     size("max_position_embeddings", "n_positions")  # a number, if there
     if None in (layers, width, vocabulary):
         return set()
@@ -75,33 +104,37 @@ def check_tensors(name, shapes, config, labels=0):
     numbers, blocks, rest = set(), {}, {}
     for key, shape in shapes.items():
         if not (found := re.fullmatch(r"(.*?\.)([0-9]{1,6})(\..*)", key)):
-            if key.count(".") > 2 + ("bert" in family):
+            if key.count(".") > 1 + f"{backbone}.{outside[0]}".count("."):
                 continue  # under a name that transformers does not look for
-            rest.setdefault(".".join(key.split(".")[-2:]), []).append((key, shape))
+            rest.setdefault(_last_parts(key), []).append((key, shape))
         elif (number := int(found[2])) < layers:  # of more than that, transformers takes no notice
             numbers.add(number)
             blocks.setdefault((found[1], found[3], shape), set()).add(number)
     absent = {f"{start}{i}{end}" for (start, end, _), there in blocks.items() if 2 * len(there) >= len(numbers)
               for i in range(min(layers, 10_000)) if i not in there}  # fmt: skip  # of what most blocks have
-    wanted = {f"{module}.weight": (width,) for module in OUTSIDE[family]}  # the last sizes of its shape
-    wanted[f"{OUTSIDE[family][0]}.weight"] = vocabulary, width
-    if any(shape == (vocabulary, width) for _, shape in rest.get("lm_head.weight", ())):
-        del wanted[f"{OUTSIDE[family][0]}.weight"]  # they may be tied, and stored under this name
+    wanted = {f"{module}.weight": (width,) for module in outside}  # the last sizes of its shape
+    wanted[f"{outside[0]}.weight"] = vocabulary, embedding
+    if any(shape == (vocabulary, embedding) for _, shape in rest.get("lm_head.weight", ())):
+        del wanted[f"{outside[0]}.weight"]  # they may be tied, and stored under this name
     if labels:
-        wanted["classifier.weight" if "bert" in family else "score.weight"] = labels, width
+        wanted[f"{head}.weight"] = labels, embedding if family == "opt" else width
     for key, last in wanted.items():
-        found = rest.get(key, [(key, ())])
+        found = rest.get(_last_parts(key), [(key, ())])
         if not any(shape[-len(last) :] == last for _, shape in found):
             absent.add(found[0][0])
     if absent:
         raise lacking(name, absent)
-    named = {key: key.removeprefix(BACKBONE.get(family, "model") + ".") for key in shapes}
+    named = {key: key.removeprefix(f"{backbone}.") for key in shapes}
     inside = {f"{start}{i}{end}" for (start, end, shape), there in blocks.items() for i in there
               if len(there) == layers and len(shape) < 3 and end.endswith((".weight", ".bias"))}  # fmt: skip
     twice = {plain for plain, count in Counter(named.values()).items() if count > 1}  # under both names: which is read?
     return {key for key, plain in named.items() if plain not in twice
-            if (key in inside and re.match(r"(encoder\.layer|transformer\.layer|layers|h)\.\d", plain))
-            or plain.removeprefix("embeddings.") in wanted or key in wanted}  # fmt: skip
+            if (key in inside and re.match(r"((encoder|transformer)\.layer|(decoder\.)?layers|h|blocks)\.\d", plain))
+            or plain in wanted or key in wanted}  # fmt: skip
+
+
+def _last_parts(key):
+    return ".".join(key.split(".")[-2:])
 
 
 def check_finite(name, folder, keys):
@@ -168,7 +201,7 @@ def check_fit(adapter, base):
         parts = f"{name}.weight".split(".")
         keys = {".".join(parts[i:]) for i in range(len(parts))}  # a hub's base may leave out the first part
         found = [shapes[key] for key in keys if key in shapes]
-        if not found and str(family) in OUTSIDE:
+        if not found and str(family) in FAMILIES:
             raise UserError(f"{adapter}: {name} does not fit the model in {base}, which has no such module")
         if found and sorted(found[0]) != sorted((width_in, width_out)):
             raise UserError(f"{adapter}: {name} does not fit the model in {base}: it is for {width_in} × {width_out}, "

@@ -2,9 +2,11 @@
 
 import contextlib
 import gzip
+import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     DistilBertTokenizer,
@@ -35,7 +42,7 @@ import train_warp
 from rlhf_min.data import load_pairs, load_prompts, read_prompts, read_rows, read_texts
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.lora import add_lora, save_adapter
-from rlhf_min.model_files import check_tensors
+from rlhf_min.model_files import FAMILIES, check_tensors, tensor_shapes
 from rlhf_min.models import save_model
 from rlhf_min.options import parse_options, refuse_mistakes
 from rlhf_min.preflight import check_device
@@ -1470,6 +1477,53 @@ def test_tensors_by_their_names(changes, config, fragment):
         return
     with pytest.raises(UserError, match=fragment):
         check_tensors("model", shapes, GPT2 | config)
+
+
+SMALL = {  # under the names of all families
+    "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rotary_dim": 4, "head_dim": 8,
+    **dict.fromkeys(("hidden_size", "n_embd", "dim", "d_model"), 16),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 3),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"), 2),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "hidden_dim"), 24),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 32),
+    "attention_types": [[["global", "local", "global"], 1]], "word_embed_proj_dim": 12, "embedding_size": 12,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_tensor_of_a_family_may_lack(family, tmp_path):
+    """A model of each family passes as transformers saves it, bare, as a language model and as a judge, tied or not;
+    and none does without a tensor of its blocks, its embedding, last norm or head, or with another shape of it.
+    """
+    if family not in CONFIG_MAPPING:
+        pytest.skip("not in this version of transformers")
+    default = AutoConfig.for_model(family)
+    small = {name: value for name, value in SMALL.items() if name in default.to_dict() or name in default.attribute_map}
+    classes, wrong = (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification), []
+    for cls, tied in itertools.product(classes, (False, True)):
+        config = AutoConfig.for_model(family, **small, num_labels=1, tie_word_embeddings=tied)
+        try:
+            model = cls.from_config(config)
+        except ValueError:  # the family has none of this kind
+            continue
+        model.save_pretrained(tmp_path)
+        shapes, config = tensor_shapes(tmp_path), json.loads((tmp_path / "config.json").read_text())
+        labels = int("SequenceClassification" in type(model).__name__)
+        certain = check_tensors("model", shapes, config, labels)
+        outside = [f".{name}.weight" for name in (*FAMILIES[family].outside, FAMILIES[family].head)]
+        if "lm_head.weight" in shapes:
+            del outside[0]  # it may be tied to it
+        needed = {key for key in shapes if re.search(r"\.\d+\.", key)}
+        wrong += needed - certain
+        for key in needed | {key for key in shapes if f".{key}".endswith(tuple(outside))}:
+            for broken in ({}, {key: (*shapes[key][:-1], 99)}):
+                try:
+                    check_tensors("model", {k: v for k, v in shapes.items() if k != key} | broken, config, labels)
+                    wrong.append(key)
+                except UserError as error:
+                    assert "its weights lack 1 tensors" in str(error)
+        assert len(needed) > 12
+    assert wrong == []
 
 
 EARLY = """

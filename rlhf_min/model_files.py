@@ -13,16 +13,16 @@ from .errors import UserError, first_line
 from .files import read_json
 
 
-class Family(NamedTuple):
-    """How a family of models names its tensors; all of its blocks are alike."""
+class Layout(NamedTuple):
+    """How a family of models, all of whose blocks are alike, names its tensors."""
 
     backbone: str  # before the names of blocks and of what is outside, but in a model without a head
     outside: list  # modules outside of the blocks, the embedding first
     head: str  # of a sequence classifier
 
 
-FAMILIES = {  # by config.json's model_type
-    family: Family(backbone, outside.split(), head)
+LAYOUTS = {  # by config.json's model_type
+    family: Layout(backbone, outside.split(), head)
     for backbone, outside, head, families in (
         ("model", "embed_tokens norm", "score", "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 smollm3 "
                                                 "olmo2 granite cohere starcoder2 stablelm glm4"),
@@ -82,9 +82,9 @@ def check_tensors(name, shapes, config, labels=0):
     Returns the names of tensors that transformers reads for certain.
     """
     family = str(config.get("model_type"))
-    if family not in FAMILIES:
+    if family not in LAYOUTS:
         return set()
-    backbone, outside, head = FAMILIES[family]
+    backbone, outside, head = LAYOUTS[family]
 
     def size(*keys):
         key = next((key for key in keys if config.get(key) is not None), None)
@@ -201,7 +201,7 @@ def check_fit(adapter, base):
         parts = f"{name}.weight".split(".")
         keys = {".".join(parts[i:]) for i in range(len(parts))}  # a hub's base may leave out the first part
         found = [shapes[key] for key in keys if key in shapes]
-        if not found and str(family) in FAMILIES:
+        if not found and str(family) in LAYOUTS:
             raise UserError(f"{adapter}: {name} does not fit the model in {base}, which has no such module")
         if found and sorted(found[0]) != sorted((width_in, width_out)):
             raise UserError(f"{adapter}: {name} does not fit the model in {base}: it is for {width_in} × {width_out}, "

@@ -16,7 +16,7 @@ from .data import apply_chat_template
 from .errors import UserError, first_line, no_device
 from .files import read_json
 from .model_files import (
-    FAMILIES,
+    LAYOUTS,
     adapted_modules,
     check_finite,
     check_fit,
@@ -165,7 +165,7 @@ def has_sigma(judge):
 def check_targets(name, targets):
     """UserError for a LoRA target that is no part of any tensor's name, in families whose modules are named alike."""
     folder, there, linear = folder_of(name), {"lm_head"}, set()
-    if not folder or not targets or is_adapter(folder) or read_config(name).get("model_type") not in FAMILIES:
+    if not folder or not targets or is_adapter(folder) or read_config(name).get("model_type") not in LAYOUTS:
         return
     for key, shape in tensor_shapes(folder).items():
         module = key.rpartition(".")[0].rpartition(".")[2]

@@ -42,7 +42,7 @@ import train_warp
 from rlhf_min.data import load_pairs, load_prompts, read_prompts, read_rows, read_texts
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.lora import add_lora, save_adapter
-from rlhf_min.model_files import FAMILIES, check_tensors, tensor_shapes
+from rlhf_min.model_files import LAYOUTS, check_tensors, tensor_shapes
 from rlhf_min.models import save_model
 from rlhf_min.options import parse_options, refuse_mistakes
 from rlhf_min.preflight import check_device
@@ -1490,7 +1490,7 @@ SMALL = {  # under the names of all families
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_no_tensor_of_a_family_may_lack(family, tmp_path):
     """A model of each family passes as transformers saves it, bare, as a language model and as a judge, tied or not;
     and none does without a tensor of its blocks, its embedding, last norm or head, or with another shape of it.
@@ -1510,7 +1510,7 @@ def test_no_tensor_of_a_family_may_lack(family, tmp_path):
         shapes, config = tensor_shapes(tmp_path), json.loads((tmp_path / "config.json").read_text())
         labels = int("SequenceClassification" in type(model).__name__)
         certain = check_tensors("model", shapes, config, labels)
-        outside = [f".{name}.weight" for name in (*FAMILIES[family].outside, FAMILIES[family].head)]
+        outside = [f".{name}.weight" for name in (*LAYOUTS[family].outside, LAYOUTS[family].head)]
         if "lm_head.weight" in shapes:
             del outside[0]  # it may be tied to it
         needed = {key for key in shapes if re.search(r"\.\d+\.", key)}

@@ -100,7 +100,7 @@ def sft_of(run):
     return options["policy"]
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # a mistake is told before torch takes its seconds to import
     refuse_mistakes(EvaluateOptions)
 
 import torch

@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 train_reinforce.py          # two processes share each batch
 
 The mathematics is in rlhf_min/reinforce.py; `diff train_reinforce.py train_warp.py` shows what WARP adds. Unlike in
-most libraries, an answer's tokens share one advantage, a batch makes one step, and nothing is clipped but the gradient.
+PPO there is no critic, an answer's tokens share one advantage, a batch makes one step, and nothing is clipped but the
+gradient.
 """
 
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class ReinforceOptions(PolicyOptions):
         if self.batch_size % self.num_generations:
             raise UserError(f"--batch-size {self.batch_size} must be a multiple of --num-generations "
                             f"{self.num_generations}")  # fmt: skip
+        if self.sigma != "penalty" and self.sigma_coefficient != 1.0:
+            raise UserError("--sigma-coefficient goes with --sigma penalty only; leave it out")
         if self.baseline == "leave-one-out" and self.num_generations < 2:
             raise UserError("--baseline leave-one-out compares answers to one prompt; set --num-generations to 2 or "
                             "more")  # fmt: skip
@@ -49,12 +52,12 @@ class ReinforceOptions(PolicyOptions):
             raise UserError(f"--sigma {self.sigma}: {self.reward_model} gives no σ; name an ordinal reward model")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # a mistake is told before torch takes its seconds to import
     refuse_mistakes(ReinforceOptions)
 
 import torch
 
-import train_rm
+import train_rm  # which makes what is missing of the embedded world
 from rlhf_min import parallel
 from rlhf_min.batches import Batches
 from rlhf_min.evaluation import format_table, judge_policy, print_samples, summarise
@@ -76,10 +79,10 @@ from rlhf_min.rollout import decode_completions, sample, token_logprobs
 from rlhf_min.runlog import RunLog
 
 
-def train_policy(policy, tokenizer, reward_model, prompts, sft, options, log):
+def train_policy(policy, tokenizer, judge, prompts, sft, options, log):
     """T steps of REINFORCE, in place. `sft`: π_sft's weights, or None where it is the policy without its adapters."""
     team = log.team  # who share a batch
-    k = options.num_generations
+    k, rloo = options.num_generations, options.baseline == "leave-one-out"
     baseline = MovingAverageBaseline()
     optimizer = Optimizer(policy.parameters(), options.lr, policy.device, options.precision, options.warmup_steps,
                           max_grad_norm=options.max_grad_norm, team=team)  # fmt: skip
@@ -98,10 +101,10 @@ def train_policy(policy, tokenizer, reward_model, prompts, sft, options, log):
             rollout = sample(policy, [prompt.tokens for prompt in batch], options.max_length, options.temperature, eos,
                              tokenizer.pad_token_id, generator, team)  # fmt: skip
         completions, texts = decode_completions(tokenizer, rollout), [prompt.text for prompt in team.share(batch)]
-        reward, sigma = reward_model(texts, completions, rollout.ended)  # (B,), (B,)
+        reward, sigma = judge(texts, completions, rollout.ended)  # (B,), (B,)
 
-        # log π(y_t | x, y_<t) under the policy and π_sft, which is the policy with its adapters off; a region of its
-        # own, because some versions of torch would reuse the weights that sample() cast, and those have no gradient
+        # log π(y_t | x, y_<t) under the policy and π_sft, which with LoRA is the policy with its adapters off; a region
+        # of its own, because some versions of torch would reuse the weights that sample() cast, which have no gradient
         with autocast(policy.device, options.precision):
             logprobs = token_logprobs(policy, rollout, options.temperature)  # (B, T)
             with torch.no_grad(), lora_disabled(policy):
@@ -111,9 +114,8 @@ def train_policy(policy, tokenizer, reward_model, prompts, sft, options, log):
         kl = kl_estimate(logprobs.detach(), sft_logprobs, rollout.mask)  # (B,)
         penalty = sigma_coefficient * sigma + options.missing_eos_penalty * ~rollout.ended  # (B,)
         shaped = shaped_reward(reward - penalty, kl, options.beta)  # (B,)
-        rloo = options.baseline == "leave-one-out"
-        b = shaped - leave_one_out(shaped.view(-1, k)).flatten() if rloo else baseline.value  # (B,), or one number
-        advantage = (shaped - b) * weight(sigma)  # (B,)
+        centered = leave_one_out(shaped.view(-1, k)).flatten() if rloo else shaped - baseline.value  # (B,) R − b
+        advantage = centered * weight(sigma)  # (B,)
 
         # θ ← Opt(θ, A ∇ log π)
         optimizer.backward(policy_gradient_loss(logprobs, advantage, rollout.mask))
@@ -122,7 +124,7 @@ def train_policy(policy, tokenizer, reward_model, prompts, sft, options, log):
             baseline.update(team.gather(shaped))
 
         metrics = step_metrics(team, rollout, logprobs, reward=reward, sigma=sigma, kl=kl, advantage=advantage,
-                               baseline=torch.zeros_like(shaped) + b)  # fmt: skip
+                               baseline=shaped - centered)  # fmt: skip
         log.step(step=step, **metrics, grad_norm=grad_norm, learning_rate=optimizer.lr, show=["reward", "kl"])
 
 
@@ -144,7 +146,7 @@ def main(argv=None):
         evaluate = lambda: judge_policy(policy, tokenizer, eval_prompts, judges, options, policy, sft)
         before = log.once("before", evaluate)
         train_policy(policy, tokenizer, judges["reward"], prompts, sft, options, log)
-        if not log.first:
+        if not log.writes:
             return
         after = evaluate()
 

@@ -4,8 +4,8 @@
     python train_rm.py --head ordinal --ties half
     python train_rm.py --data pairs.jsonl --base openai-community/gpt2 --lora-r 16 --out runs/rm
 
-The base is any model that transformers can put a classification head on. Answers are read as the policy writes
-them: training and scoring tokenise by the same function, data.encode_answer.
+The base is any model that transformers can put a classification head on. Prompt and answer
+are tokenised by data.encode_answer, in training as in scoring, so the model is trained on what it will judge.
 """
 
 import math
@@ -41,8 +41,8 @@ class RewardModelOptions(LoRAOptions):
     margin: bool = option(False, "the pairs have a field 'margin', which a scalar head's difference shall exceed")
     lora_dropout: float = option(0.0, "dropout in front of the adapters", low=0, high=0.99)
     epochs: int = option(3, "passes over the pairs", low=1)
-    batch_size: int = option(32, "pairs a forward pass", low=1)
-    accumulation_steps: int = option(1, "forward passes an optimizer step", low=1)
+    batch_size: int = option(32, "pairs per forward pass", low=1)
+    accumulation_steps: int = option(1, "forward passes per optimizer step", low=1)
     lr: float = option(1e-3, "AdamW learning rate after the warm-up; decays linearly to 0", low=0)
     warmup_steps: int = option(10, "optimizer steps of linear warm-up", low=0)
     weight_decay: float = option(0.0, "AdamW weight decay", low=0)
@@ -52,7 +52,7 @@ class RewardModelOptions(LoRAOptions):
     max_length: int = option(512, "tokens; longer pairs are dropped, longer labelled texts keep their beginning", low=8)
     eval_every: int = option(50, "optimizer steps between validations", low=1)
     keep: str = option(
-        "best", "save the weights of the best validation loss or the last ones", choices=["best", "last"]
+        "best", "which weights to save: those of the best validation loss, or the last", choices=["best", "last"]
     )
     accept_weak: bool = option(False, "save the model even if it does not beat chance by 3 standard errors")
     seed: int = option(42, "seed of the head, the order of the pairs and dropout", low=0, high=2**31 - 1)
@@ -145,14 +145,14 @@ def reasons(dropped):
     return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # a mistake is told before torch takes its seconds to import
     refuse_mistakes(RewardModelOptions)
 
 import torch
 
 from rlhf_min import parallel, pretrain
 from rlhf_min.batches import Batches, shuffle
-from rlhf_min.lora import add_chosen_lora, lora_layers, merge_lora, save_adapter
+from rlhf_min.lora import add_lora_of, lora_layers, merge_lora, save_adapter
 from rlhf_min.losses import ordinal_loss, pairwise_loss
 from rlhf_min.models import context_length, get_weights, load_classifier, save_model, set_weights, trained_weights
 from rlhf_min.plots import plot_metrics
@@ -178,7 +178,7 @@ def pair_loss(chosen, rejected, rows, options):
     return loss, {
         "loss": loss.item(),
         "accuracy": (reward_w > reward_l).double().mean().item(),  # a tie is an error
-        "margin": (reward_w - reward_l).mean().item(),
+        "margin": (reward_w - reward_l).mean().item(),  # TRL's name: not what --margin asks for
         "mean_reward": torch.cat([reward_w, reward_l]).mean().item(),
     }
 
@@ -242,7 +242,7 @@ def load_base(options, device):
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = "right"
-    add_chosen_lora(model, options)
+    add_lora_of(model, options)
     return model, tokenizer
 
 
@@ -284,11 +284,11 @@ def main(argv=None):
 
     with log.running():
         head = "ten ratings" if options.head == "ordinal" else "one reward"
-        if log.first:
+        if log.writes:
             print(f"base: {options.base}, with a head for {head}, new unless it had one")
             print(f"pairs: {len(train_rows)} to train on, {len(eval_rows)} to validate on; dropped: {reasons(dropped)}")
         validation = train(model, tokenizer, train_rows, eval_rows, options, log)
-        if not log.first:
+        if not log.writes:
             return
         accuracy = validation["eval_accuracy"]
         refused = accuracy <= threshold and not options.accept_weak

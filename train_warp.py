@@ -23,7 +23,7 @@ class WarpOptions(PolicyOptions):
     parallel: ClassVar[bool] = True
 
     iterations: int = option(2, "I: rounds of train, merge, interpolate", low=1)
-    runs: int = option(2, "M: policies an iteration", low=1)
+    runs: int = option(2, "M: policies per iteration", low=1)
     lr: float = option(1e-5, "AdamW learning rate", low=0)
     beta: float = option(0.1, "β: weight of the KL to the EMA anchor in the reward", low=0)
     mu: float = option(0.01, "μ: rate of the EMA anchor", low=0, high=1)
@@ -31,17 +31,17 @@ class WarpOptions(PolicyOptions):
     merge_by: str = option("block", "tensors that share a SLERP angle", choices=["block", "tensor", "model"])
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # a mistake is told before torch takes its seconds to import
     refuse_mistakes(WarpOptions)
 
 import torch
 
-import train_rm
+import train_rm  # which makes what is missing of the embedded world
 from rlhf_min import parallel, warp
 from rlhf_min.batches import Batches
 from rlhf_min.evaluation import format_table, print_samples, sweep_front
 from rlhf_min.inputs import load_inputs
-from rlhf_min.lora import lora_disabled, merge_lora, reset_lora, save_adapter, set_difference
+from rlhf_min.lora import lora_disabled, merge_lora, reset_lora, save_adapter, set_adapters
 from rlhf_min.models import dense_weights, eos_token_ids, get_weights, save_model, set_weights, trained_weights
 from rlhf_min.plots import plot_front, plot_metrics
 from rlhf_min.precision import Optimizer, autocast, resolve_device
@@ -50,7 +50,7 @@ from rlhf_min.rollout import decode_completions, sample, token_logprobs
 from rlhf_min.runlog import RunLog
 
 
-def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, run):
+def train_policy(policy, tokenizer, judge, prompts, init, sft, options, log, iteration, run):
     """The inner loop of Algorithm 1: T steps of REINFORCE from θ_init against the EMA of the run's own weights."""
     team = log.team  # who share a batch
     seed = options.seed * 1_000_003 + iteration * 1_009 + run  # another order and other samples for every run
@@ -74,7 +74,7 @@ def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, l
             rollout = sample(policy, [prompt.tokens for prompt in batch], options.max_length, options.temperature, eos,
                              tokenizer.pad_token_id, generator, team)  # fmt: skip
         completions, texts = decode_completions(tokenizer, rollout), [prompt.text for prompt in team.share(batch)]
-        reward, sigma = reward_model(texts, completions, rollout.ended)  # (B,), (B,)
+        reward, sigma = judge(texts, completions, rollout.ended)  # (B,), (B,)
 
         # log π(y_t | x, y_<t) under the policy, its anchor and, only to be watched, SFT; a region of its own, because
         # some versions of torch would reuse the weights that sample() cast, and those have no gradient
@@ -106,14 +106,14 @@ def train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, l
     return dense_weights(policy)
 
 
-def train_runs(policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, first):
+def train_runs(policy, tokenizer, judge, prompts, init, sft, options, log, iteration, first):
     """The weights of runs `first`, `first` + 1, ...: one run for each team of processes, side by side.
 
     Where fewer runs are left than teams, some have none and wait.
     """
     run, policies = first + log.team.number, []
     if run <= options.runs:
-        weights = train_policy(policy, tokenizer, reward_model, prompts, init, sft, options, log, iteration, run)
+        weights = train_policy(policy, tokenizer, judge, prompts, init, sft, options, log, iteration, run)
     else:
         for _ in log.progress("waits", options.steps, dict):
             pass
@@ -123,16 +123,16 @@ def train_runs(policy, tokenizer, reward_model, prompts, init, sft, options, log
     return policies
 
 
-def train_warp(policy, tokenizer, reward_model, prompts, options, log):
+def train_warp(policy, tokenizer, judge, prompts, options, log):
     """Algorithm 1. Returns (θ_sft, last θ_slerp, last θ_init, geometry of the task vectors by iteration)."""
     sft = init = dense_weights(policy)  # θ_init ← θ_sft
     geometry = []
     for iteration in range(1, options.iterations + 1):
         policies = []
         for first in range(1, options.runs + 1, log.team.count):  # one process: run after run
-            policies += log.once(f"iteration-{iteration}-run-{first}", train_runs, policy, tokenizer, reward_model,
+            policies += log.once(f"iteration-{iteration}-run-{first}", train_runs, policy, tokenizer, judge,
                                  prompts, init, sft, options, log, iteration, first)  # fmt: skip
-        merged = warp.merge(init, policies, options.merge_by)  # θ_slerp ← slerp(θ_init, {θ^m}, λ = 1/M)
+        merged = warp.merge(init, policies, options.merge_by)  # θ_slerp ← slerp(θ_init, {θ^m})
         geometry.append(warp.task_vector_geometry(init, policies, options.merge_by))
         init = warp.interpolate(init, merged, options.eta)  # θ_init ← (1−η) θ_init + η θ_slerp
     return sft, merged, init, geometry
@@ -145,7 +145,7 @@ def save_policies(policy, tokenizer, sft, policies, options, folder):
     """
     if options.lora_r:
         for name, weights in policies.items():
-            set_difference(policy, sft, weights, options.iterations * options.runs * options.lora_r)
+            set_adapters(policy, sft, weights, options.iterations * options.runs * options.lora_r)
             save_adapter(policy, folder / f"{name}_adapter", tokenizer)
     merge_lora(policy)
     for name, weights in policies.items():
@@ -155,12 +155,12 @@ def save_policies(policy, tokenizer, sft, policies, options, folder):
 
 def print_geometry(geometry, options):
     """The angles of the task vectors, and μT."""
-    for iteration, spread in enumerate(geometry, 1):
-        if spread["angle_degrees"] is not None:  # None for M = 1
-            angle, ratio = spread["angle_degrees"], spread["norm_ratio"]
-            print(f"\niteration {iteration}: angle of the task vectors {angle['median']:.0f}° ({angle['min']:.0f}° to "
-                  f"{angle['max']:.0f}°), norm ratio {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) "
-                  f"by {options.merge_by}", end="")  # fmt: skip
+    for iteration, groups in enumerate(geometry, 1):
+        if groups["angle_degrees"] is not None:  # None for M = 1
+            angle, ratio = groups["angle_degrees"], groups["norm_ratio"]
+            print(f"\niteration {iteration}: angle of the first two task vectors {angle['median']:.0f}° "
+                  f"({angle['min']:.0f}° to {angle['max']:.0f}°), norm ratio {ratio['median']:.2f} "
+                  f"({ratio['min']:.2f} to {ratio['max']:.2f}) by {options.merge_by}", end="")  # fmt: skip
     print(f"\n\nμT = {options.mu * options.steps:g}, in the paper 50 to 90: how often the anchor is renewed in a run")
 
 
@@ -178,11 +178,11 @@ def main(argv=None):
 
     with log.running():
         sft, merged, init, geometry = train_warp(policy, tokenizer, judges["reward"], prompts, options, log)
-        if log.first:
+        if log.writes:
             save_policies(policy, tokenizer, sft, {"model": init, "merged": merged}, options, log.folder)
         merge_lora(policy)
         front, columns = sweep_front(policy, tokenizer, eval_prompts, judges, options, sft, merged)
-        if not log.first:
+        if not log.writes:
             return
 
         series = lambda row: f"iteration {row['iteration']} run {row['run']}"

@@ -322,7 +322,8 @@ def without(prompts, others):
 
 
 def hold_out_of(prompts, eval_prompts, count):
-    """What `count` prompts are held out of: `eval_prompts` if there are any, else `prompts`, of which one must stay."""
+    """The prompts of which `count` may be held out: those of `eval_prompts` that are not in `prompts`, too, or if there
+    are none, `prompts`, of which one must stay for training."""
     candidates = without(eval_prompts, prompts) if eval_prompts else prompts
     if len(candidates) < count + (not eval_prompts):
         few = "of --eval-prompts are not in --prompts" if eval_prompts else "distinct prompts"

@@ -9,7 +9,7 @@ import torch
 from .errors import UserError
 from .lora import lora_disabled
 from .models import eos_token_ids, get_weights, set_weights
-from .parallel import spread
+from .parallel import in_turn
 from .precision import autocast
 from .reinforce import prefix_kl
 from .reward_model import load_judge
@@ -19,7 +19,7 @@ from .warp import interpolate
 
 
 def load_judges(specs, device):
-    """{name: judge} from `name=spec` or plain `spec`, whose name is then its last part."""
+    """{name: judge}, named as sources.named_judges says."""
     return {name: load_judge(spec, device) for name, spec in named_judges(specs).items()}
 
 
@@ -92,7 +92,7 @@ def sweep_front(policy, tokenizer, prompts, judges, options, sft, merged, points
         columns = judge_policy(policy, tokenizer, prompts, judges, options, policy, sft)
         return {"eta": eta, **summarise(columns, judges)}, columns
 
-    front, columns = zip(*spread(point, [k / (points - 1) for k in range(points)]))
+    front, columns = zip(*in_turn(point, [k / (points - 1) for k in range(points)]))
     return list(front), list(columns)
 
 

@@ -6,7 +6,7 @@ from . import toy
 from .batches import shuffle
 from .data import hold_out_of, without
 from .evaluation import load_judges
-from .lora import add_chosen_lora
+from .lora import add_lora_of
 from .models import load_policy
 
 
@@ -20,7 +20,7 @@ def load_inputs(options, device):
     generator = torch.Generator().manual_seed(options.seed)
     prompts, eval_prompts = split_prompts(prompts, eval_prompts, options.num_eval_prompts, generator)
     torch.manual_seed(options.seed)
-    add_chosen_lora(policy, options)
+    add_lora_of(policy, options)
     return policy, tokenizer, judges, prompts, eval_prompts
 
 

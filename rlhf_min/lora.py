@@ -89,7 +89,7 @@ def add_lora(model, r, alpha, dropout=0.0, target_modules=None):
     return model
 
 
-def add_chosen_lora(model, options):
+def add_lora_of(model, options):
     """add_lora as LoRAOptions say; with a rank of 0 the model stays as it is."""
     if options.lora_r:
         add_lora(model, options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules)
@@ -140,7 +140,7 @@ def reset_lora(model, generator):
 
 
 @torch.no_grad()
-def set_difference(model, start, end, rank):
+def set_adapters(model, start, end, rank):
     """Set W to `start` and the adapters to A, B of rank `rank` with W + B A = `end`; exact if ΔW has no higher rank.
 
     ΔW = U Σ Vᵀ (singular values in float64), B = U √Σ, A = √Σ Vᵀ. Merging and interpolating M adapters of rank r gives

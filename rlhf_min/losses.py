@@ -68,9 +68,9 @@ def ordinal_loss(chosen_logits, rejected_logits, ties="strict", center_coefficie
     chosen_logits, rejected_logits: (B, K). Returns a scalar; raises ValueError as preference_logprob does.
     """
     loss = -preference_logprob(chosen_logits, rejected_logits, ties)  # (B,)
-    middle = chosen_logits.shape[-1] + 1
+    count = chosen_logits.shape[-1]  # K
     expected = rating_mean_std(chosen_logits)[0] + rating_mean_std(rejected_logits)[0]  # (B,) E_w + E_l
-    return (loss + center_coefficient * (expected - middle) ** 2).mean()
+    return (loss + center_coefficient * (expected - (count + 1)) ** 2).mean()
 
 
 def rating_mean_std(logits):

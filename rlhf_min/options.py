@@ -139,9 +139,10 @@ class LoRAOptions(TrainingOptions):
         """UserError for flags of LoRA without a rank, and for targets that the model `name` does not have."""
         if self.lora_r:
             check_targets(name, self.lora_target_modules)
-        elif self.lora_target_modules or self.lora_dropout:
-            flag = "--lora-target-modules" if self.lora_target_modules else "--lora-dropout"
-            raise UserError(f"{flag} goes with LoRA only; set --lora-r or leave it out")
+            return
+        for name in ("lora_alpha", "lora_target_modules", "lora_dropout"):
+            if getattr(self, name) != getattr(type(self)(), name):
+                raise UserError(f"{_flag(name)} goes with LoRA only; set --lora-r or leave it out")
 
 
 @dataclass
@@ -162,12 +163,12 @@ class SamplingOptions(RunOptions):
     batch_size: int = option(64, "answers at a time", low=1)
     seed: int = option(42, "seed of prompts and samples", low=0, high=2**31 - 1)
 
-    def judge_names(self):
+    def bare_judges(self):
         """The judges without their names."""
         return named_judges(self.judge_specs()).values()
 
     def model_names(self):
-        return [*self.policy_names(), *self.judge_names()]
+        return [*self.policy_names(), *self.bare_judges()]
 
     def load_prompts(self, tokenizer):
         """[the prompts of each file], without a tokenizer whole, and of local files only; none without a file."""
@@ -182,7 +183,7 @@ class SamplingOptions(RunOptions):
                             f"{self.max_length}")  # fmt: skip
         for name in self.policy_names():
             check_policy(name, self.max_length)
-        for name in self.judge_names():
+        for name in self.bare_judges():
             check_judge(name)
 
     def check_rows(self):
@@ -205,7 +206,7 @@ class SamplingOptions(RunOptions):
                 for row in rows:
                     prompt_of_row(*row, tokenizer, self.prompt_tokens, self.max_length)
         if messages:
-            for name in self.judge_names():
+            for name in self.bare_judges():
                 check_template(quick_tokenizer(name)[0], [with_answer(prompt, "Yes.") for prompt in messages])
 
 
@@ -216,7 +217,7 @@ class PolicyOptions(SamplingOptions, LoRAOptions):
     policy: str = option(toy.POLICY, "π_sft: a run folder, a transformers folder, an adapter or a hub name")
     reward_model: str = option(toy.REWARD_MODEL, "a reward model of either head, or package.module.function")
     eval_prompts: str = option("", "prompts of the evaluation (default: some of --prompts are held out)")
-    num_eval_prompts: int = option(256, "how many prompts of the evaluation", low=3)
+    num_eval_prompts: int = option(256, "how many prompts to evaluate on", low=3)
     steps: int = option(100, "T: optimizer steps, of each policy", low=1)
     lr: float = option(1e-4, "AdamW learning rate", low=0)
     warmup_steps: int = option(0, "steps of linear warm-up", low=0)
@@ -265,7 +266,7 @@ def _build_parser(options_class):
 
 
 def _parse_mapping(parser, mapping, options_class, where):
-    """The same for {option: value}, through flags, so that one parser checks both."""
+    """{option: value} parsed as if they were flags, so that one parser checks both."""
     names, flags = [field.name for field in dataclasses.fields(options_class)], []
     for key, value in mapping.items():
         name = str(key).replace("-", "_")

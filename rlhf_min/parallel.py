@@ -75,7 +75,7 @@ def to_each(values):
     return box[0]
 
 
-def spread(function, items):
+def in_turn(function, items):
     """[function(item) for each item], which the processes take in turn; the results reach all of them."""
     mine = {i: function(item) for i, item in enumerate(items) if i % world_size() == rank()}
     if world_size() == 1:

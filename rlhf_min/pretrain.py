@@ -21,13 +21,13 @@ class PretrainOptions(TrainingOptions):
 
     script: ClassVar[str] = "-m rlhf_min.pretrain"
 
-    data: str = option(toy.REVIEWS, "texts: .jsonl(.gz) with a field 'text', or .txt with a text a line")
+    data: str = option(toy.REVIEWS, "texts: .jsonl(.gz) with a field 'text', or .txt with a text per line")
     vocab_size: int = option(600, "entries of the BPE vocabulary", low=260)
     layers: int = option(2, "transformer blocks", low=1)
     width: int = option(64, "size of the residual stream, a multiple of 32", low=32)
     max_length: int = option(64, "longest sequence, in tokens; a longer text becomes several", low=2)
     epochs: int = option(4, "passes over the texts", low=1)
-    batch_size: int = option(64, "texts a step", low=1)
+    batch_size: int = option(64, "texts per step", low=1)
     lr: float = option(3e-3, "AdamW learning rate after a warm-up of 5 %, decayed to 0", low=0)
     weight_decay: float = option(0.01, "AdamW weight decay", low=0)
     seed: int = option(42, "seed of the initial weights and of the order of the texts", low=0, high=2**31 - 1)
@@ -45,7 +45,7 @@ class PretrainOptions(TrainingOptions):
             pass
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # a mistake is told before torch takes its seconds to import
     refuse_mistakes(PretrainOptions)
 
 import torch

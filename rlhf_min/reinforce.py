@@ -4,8 +4,8 @@
     shaped      R(x, y) = r(x, y) − β [log π(y|x) − log π_ref(y|x)]        a constant for autograd
     gradient    ∇J = E[ (R − b) ∇ log π(y|x) ],      log π(y|x) = Σ_t log π(y_t | x, y_<t)
 
-with any baseline b that does not depend on y. B answers of at most T tokens; `mask` is True up to and including the
-first EOS.
+with any baseline b that does not depend on y. π_ref is what the policy shall stay near: π_sft in train_reinforce.py,
+the EMA anchor in train_warp.py. B answers of at most T tokens; `mask` is True up to and including the first EOS.
 """
 
 import torch
@@ -97,19 +97,6 @@ def prefix_kl(logits, ref_logits, mask):
     return (logp.exp() * (logp - ref_logp)).sum(-1).masked_fill(~mask, 0.0).sum(-1)
 
 
-def step_metrics(team, rollout, logprobs, **columns):
-    """What a metrics line says of a step: the means over all B answers of a team of `columns`, (B / size,) each, and
-    how long the answers are, how many have no end, and the entropy per token (`kl` is per answer)."""
-    lengths = rollout.mask.sum(-1)
-    surprise = -logprobs.detach().masked_fill(~rollout.mask, 0.0).sum(-1)
-    columns |= {"length": lengths, "clipped": ~rollout.ended, "surprise": surprise}
-    columns = {name: team.gather(column.double()) for name, column in columns.items()}  # (B,)
-    means = {name: column.mean().item() for name, column in columns.items()}
-    means["completions/mean_length"], means["completions/clipped_ratio"] = means.pop("length"), means.pop("clipped")
-    means["entropy"] = means.pop("surprise") / means["completions/mean_length"]
-    return means | {"reward_std": columns["reward"].std(correction=0).item()}
-
-
 def policy_gradient_loss(logprobs, advantage, mask):
     """L = −mean_B [ A Σ_t mask_t log π(y_t | x, y_<t) ], whose *gradient* is the estimate of −∇J (eqs. 2, 3).
 
@@ -120,3 +107,15 @@ def policy_gradient_loss(logprobs, advantage, mask):
         raise ValueError(f"advantage must be (B,) = {tuple(logprobs.shape[:1])}, not {tuple(advantage.shape)}")
     answer_logprob = logprobs.masked_fill(~mask, 0.0).sum(-1)  # (B,)
     return -(advantage.detach() * answer_logprob).mean()
+
+
+def step_metrics(team, rollout, logprobs, **columns):
+    """What a metrics line says of a step: the means over all B answers of a team of `columns`, (B / size,) each, and
+    how long the answers are, how many have no end, and the entropy per token (`kl` is per answer)."""
+    surprise = -logprobs.detach().masked_fill(~rollout.mask, 0.0).sum(-1)
+    columns |= {"completions/mean_length": rollout.mask.sum(-1), "completions/clipped_ratio": ~rollout.ended,
+                "entropy": surprise}  # fmt: skip
+    columns = {name: team.gather(column.double()) for name, column in columns.items()}  # (B,) each
+    means = {name: column.mean().item() for name, column in columns.items()}
+    means["entropy"] /= means["completions/mean_length"]
+    return means | {"reward_std": columns["reward"].std(correction=0).item()}

@@ -85,10 +85,8 @@ class RewardModel:
     @torch.no_grad()
     def logits(self, rows):
         """B lists of token ids → (B, K), float32."""
-        logits = []
-        for start in range(0, len(rows), self.batch_size):
-            logits.append(row_logits(self.model, rows[start : start + self.batch_size], self.tokenizer.pad_token_id))
-        return torch.cat(logits)
+        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        return torch.cat([row_logits(self.model, batch, self.tokenizer.pad_token_id) for batch in batches])
 
 
 class RewardFunction:

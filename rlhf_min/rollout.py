@@ -125,11 +125,10 @@ def _logits(model, rollout, weights):
 
 def token_logprobs(model, rollout, temperature, weights=None):
     """log π(y_t | x, y_<t) of the sampled tokens, (B, T), in nats; behind the first EOS the values mean nothing."""
-    output = _logits(model, rollout, weights)
-    return _ChosenLogprob.apply(output, rollout.completions, temperature)
+    return _SampledLogprob.apply(_logits(model, rollout, weights), rollout.completions, temperature)
 
 
-class _ChosenLogprob(torch.autograd.Function):
+class _SampledLogprob(torch.autograd.Function):
     """log p_y = z_y/τ − log Σ_v e^(z_v/τ), whose gradient in z is (1_y − p)/τ: two passes and no copy of (B, T, V).
 
     Autograd's own way keeps logits/τ and builds the gradients of gather and logsumexp apart. In float32.
@@ -137,11 +136,11 @@ class _ChosenLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, tokens, temperature):
-        chosen = logits.gather(-1, tokens[..., None])[..., 0].float() / temperature
+        sampled = logits.gather(-1, tokens[..., None])[..., 0].float() / temperature
         total = torch.cat([(row.float() / temperature).logsumexp(-1, keepdim=True) for row in logits.split(1)])
         ctx.save_for_backward(logits, tokens, total)
         ctx.temperature = temperature
-        return chosen - total[..., 0]
+        return sampled - total[..., 0]
 
     @staticmethod
     def backward(ctx, gradient):

@@ -44,7 +44,7 @@ class RunLog:
     """
 
     def __init__(self, options):
-        self.first = parallel.rank() == 0
+        self.writes = parallel.rank() == 0
         self.team = parallel.ALONE  # the processes that share this one's steps, whose first one logs them
         self._pending = []  # lines that have not reached the first process
         self.options, self.save_every = options, options.save_every
@@ -58,9 +58,9 @@ class RunLog:
         """`with log.running():` make the folder and run.json, or go on in them; an error says how to go on."""
         how_to_go_on = ""
         try:
-            parts = self._begin() if self.first else None
+            parts = self._begin() if self.writes else None
             self._saved = unpack(parallel.to_each(parts))
-            if self.save_every and self.first:
+            if self.save_every and self.writes:
                 folder, count = shlex.quote(str(self.folder)), parallel.world_size()
                 python = (
                     "python" if count == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', count)}"
@@ -182,7 +182,7 @@ class RunLog:
             restore(state() | {"random": RandomState()}, saved["state"])
         self._last_step = time.perf_counter()
         self._bar = tqdm(desc=title, initial=done, total=steps, mininterval=0.5, dynamic_ncols=True,
-                         disable=None if self.first else True)  # fmt: skip
+                         disable=None if self.writes else True)  # fmt: skip
         for step in range(done + 1, steps + 1):
             self._in_step = True
             yield step
@@ -200,7 +200,7 @@ class RunLog:
         self._collect()
         part = {"title": title, "step": step, "state": snapshot(state | {"random": RandomState()})}
         parts = parallel.to_first(pack(part)) if parallel.world_size() > 1 else [part]
-        if self.first:
+        if self.writes:
             os.fsync(self._lines.fileno())
             about = {
                 "run": self._identity,
@@ -213,21 +213,21 @@ class RunLog:
     def _collect(self):
         """Write the lines of all processes."""
         lines, self._pending = parallel.to_first(self._pending), []
-        if self.first:
+        if self.writes:
             self._lines.writelines(line for part in lines for line in part)
             self._lines.flush()
 
     def once(self, name, make, *args):
         """make(*args), or what it returned before the run was interrupted: tensors, numbers, texts, in dicts, lists."""
-        path = self._checkpoints / f"{name}.pt" if self.first else None
-        if parallel.from_first(self.first and path.exists()):
-            saved = load_checkpoint(path, self.options.device) if self.first else None
+        path = self._checkpoints / f"{name}.pt" if self.writes else None
+        if parallel.from_first(self.writes and path.exists()):
+            saved = load_checkpoint(path, self.options.device) if self.writes else None
             if parallel.world_size() > 1:
-                saved = unpack(parallel.from_first(pack(saved) if self.first else None), self.options.device)
+                saved = unpack(parallel.from_first(pack(saved) if self.writes else None), self.options.device)
             RandomState().load_state_dict(saved["random"])
             return saved["value"]
         value = make(*args)
-        if self.save_every and self.first:
+        if self.save_every and self.writes:
             save_checkpoint(path, {"run": self._identity}, value=value, random=snapshot(RandomState()))
         return value
 

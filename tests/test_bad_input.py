@@ -304,6 +304,10 @@ CASES = {
     "unknown baseline": Case("reinforce", "--baseline ema", "--baseline: invalid choice: 'ema'"),
     "unknown sigma": Case("reinforce", "--sigma weight", "--sigma: invalid choice: 'weight'"),
     "negative beta": Case("reinforce", "--beta=-0.1", "--beta must be at least 0, not -0.1"),
+    "sigma coefficient without a penalty": Case(
+        "reinforce", "--sigma advantage --sigma-coefficient 2", "--sigma-coefficient goes with --sigma penalty only"
+    ),
+    "alpha without a rank": Case("warp", "--lora-alpha 8", "--lora-alpha goes with LoRA only"),
     "negative sigma coefficient": Case("reinforce", "--sigma-coefficient=-1", "--sigma-coefficient must be"),
     "no generations": Case("reinforce", "--num-generations 0", "--num-generations must be at least 1"),
     "flags of WARP": Case("reinforce", "--mu 0.01", "--mu"),

@@ -42,7 +42,7 @@ from rlhf_min.lora import (
     merge_lora,
     reset_lora,
     save_adapter,
-    set_difference,
+    set_adapters,
 )
 from rlhf_min.models import (
     dense_weights,
@@ -807,7 +807,7 @@ def test_a_sum_of_adapters_is_one_adapter(tmp_path, kind, count):
     with torch.no_grad():
         for name in start:
             dict(model.named_parameters())[name].add_(1.0)  # and of another W
-    set_difference(model, start, end, R * count)
+    set_adapters(model, start, end, R * count)
     for name, (a, b) in factors(model).items():
         many_a, many_b = joint[name]
         assert (a.shape, b.shape) == (many_a.shape, many_b.shape)
@@ -831,7 +831,7 @@ def test_a_rank_that_is_too_low_gives_the_nearest_adapter(kind):
     """Eckart–Young: with rank 2 what is left of ΔW is its singular values from the third on."""
     model = adapted(kind)
     start, end, _ = dense_sum(add_lora(build(kind), R, ALPHA), 2, S)
-    set_difference(model, start, end, 2)
+    set_adapters(model, start, end, 2)
     for name, weight in dense_weights(model).items():
         left = (end[name] - weight).double()
         singular = torch.linalg.svdvals((end[name] - start[name]).double())
@@ -869,7 +869,7 @@ def test_merged_policies_are_one_adapter_of_twice_the_rank(tmp_path, kind):
     close(logits(merge_lora(joint)), evaluated(build(kind), got), atol=1e-5)
 
     end = policies[0]
-    set_difference(end, start, got, 2 * R)
+    set_adapters(end, start, got, 2 * R)
     save_adapter(end, tmp_path)
     close(logits(load_adapter(build(kind), tmp_path)), evaluated(build(kind), got), atol=1e-5)
 

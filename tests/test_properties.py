@@ -250,7 +250,7 @@ def vectors(count, limit=1e30, size=4):
 
 
 def opposite(a, b):
-    return math.pi - angle(a, b)[0] < 1e-4
+    return math.pi - angle(a, b) < 1e-2
 
 
 @many
@@ -258,14 +258,12 @@ def opposite(a, b):
 def test_angle_of_any_vectors(pair):
     """T42: for any finite vectors Ω is in [0, π], the same both ways, 0 between a vector and itself."""
     a, b = pair
-    omega, norm_a, norm_b = angle(a, b)
+    omega = angle(a, b)
     assert 0 <= omega <= math.pi
-    assert all(math.isfinite(norm) for norm in (norm_a, norm_b))
-    assert (norm_a > 0, norm_b > 0) == (bool(a.any()), bool(b.any()))
-    assert angle(b, a) == (omega, norm_b, norm_a)
-    assert angle(a, a)[0] == 0
-    if norm_a:
-        assert angle(a, -a)[0] == pytest.approx(math.pi)
+    assert angle(b, a) == omega
+    assert angle(a, a) == 0
+    if a.any():
+        assert angle(a, -a) == pytest.approx(math.pi)
 
 
 @many
@@ -277,7 +275,7 @@ def test_slerp_of_any_vectors(pair, lam):
         with pytest.raises(ValueError, match="opposite"):
             slerp(a, b, lam)
         return
-    omega, norm_a, norm_b = angle(a, b)
+    omega, norm_a, norm_b = angle(a, b), a.double().norm().item(), b.double().norm().item()
     spread = math.sin(omega) if omega >= 1e-4 else 1.0
     rounding = 1e-6 * (norm_a + norm_b) / spread + TINY / spread
     point = slerp(a, b, lam)
@@ -299,7 +297,7 @@ def test_slerp_keeps_equal_norms(pair, lam, data):
     b = a[order] * signs
     if opposite(a, b):
         return
-    omega, norm, _ = angle(a, b)
+    omega, norm = angle(a, b), a.double().norm().item()
     spread = math.sin(omega) if omega >= 1e-4 else 1.0
     assert slerp(a, b, lam).double().norm().item() == pytest.approx(norm, rel=1e-6 / spread, abs=TINY / spread)
 

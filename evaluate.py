@@ -4,7 +4,9 @@
     python evaluate.py --policies runs/toy/policy runs/reinforce-1 runs/warp-1 --match-kl 1
     python evaluate.py --front runs/warp-1 runs/warp-2             # their KL–reward fronts in one plot
 
-Without a flag: the embedded world's SFT policy against the newest WARP run.
+Without a flag: the embedded world's SFT policy against the newest WARP run. A judge's `_z` is in standard deviations of
+the first policy's rewards, `_delta` the mean difference to the first policy on the same prompts, `_low` and `_high` the
+ends of its 95 % bootstrap interval, `_win_rate` the share of prompts that are won, a tie counting ½.
 """
 
 from dataclasses import dataclass
@@ -28,7 +30,9 @@ class EvaluateOptions(SamplingOptions):
     script: ClassVar[str] = "evaluate.py"
 
     policies: list = option(
-        [], "policies to compare: run folders, transformers folders or hub names; first = reference"
+        [],
+        "policies to compare, the first is the reference: run folders (of a WARP run the last θ_init; name its merged/ "
+        "for θ_slerp), transformers folders, adapters or hub names (default: the SFT policy and the newest WARP run)",
     )
     match_kl: float = option(
         0.0, "compare at this KL to the first policy, in nats: those further off are moved back; 0 as they are", low=0
@@ -93,7 +97,7 @@ def newest_warp_run():
 def sft_of(run):
     """The policy that a finished WARP run began with, which its run.json names."""
     options = read_json(f"{run}/run.json").get("options") if Path(run, "run.json").is_file() else None
-    if not isinstance(options, dict) or "policy" not in options:
+    if not isinstance(options, dict) or not isinstance(options.get("policy"), str):
         raise UserError(f"--front {run}: no run.json of a WARP run in it")
     if not Path(run, "merged").is_dir():
         raise UserError(f"--front {run}: no merged/ in it; did the run finish?")
@@ -187,7 +191,7 @@ def main(argv=None):
         rows = compare(judges, options, device)
         fronts = {row["policy"]: [row] for row in rows if row["kl"] == row["kl"]}  # KL is NaN across tokenizers
     table = format_table(rows)
-    print("\n" + table + "\n")
+    print(f"\n{table}\n\njudges: {', '.join(options.judges)}\n")
     with log.running():
         (log.folder / "table.md").write_text(table + "\n", encoding="utf-8")
         plot_front(fronts, list(judges), log.folder / "front.png")

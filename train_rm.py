@@ -101,8 +101,9 @@ class RewardModelOptions(LoRAOptions):
             held_out = math.ceil(self.eval_fraction * len(rows))
             eval_rows, rows = rows[:held_out], rows[held_out:]
         if len(rows) < self.batch_size or not eval_rows:
-            raise UserError(f"{self.data}: {len(rows)} pairs to train and {len(eval_rows)} to validate on are too few "
-                            f"(dropped: {dropped}); lower --batch-size, raise --max-length or give more")  # fmt: skip
+            raise UserError(f"{self.data}: {len(rows)} pairs to train and {len(eval_rows)} to validate on are too few: "
+                            f"--batch-size {self.batch_size} and 10 are needed (dropped: {dropped}); lower "
+                            "--batch-size, change --eval-fraction or give more")  # fmt: skip
         if accuracy_to_beat(eval_rows) >= 1 and not self.accept_weak:
             raise UserError(f"{len(eval_rows)} validation pairs cannot tell a reward model from chance; give 10 at "
                             "least (--eval-data, --eval-fraction), or insist with --accept-weak")  # fmt: skip

@@ -327,5 +327,7 @@ def hold_out_of(prompts, eval_prompts, count):
     candidates = without(eval_prompts, prompts) if eval_prompts else prompts
     if len(candidates) < count + (not eval_prompts):
         few = "of --eval-prompts are not in --prompts" if eval_prompts else "distinct prompts"
-        raise UserError(f"{len(candidates)} {few}: too few to hold out {count}; lower --num-eval-prompts or give more")
+        raise UserError(
+            f"{len(candidates)} {few}: too few to hold out {count}; lower --num-eval-prompts, 3 at least, or give more"
+        )
     return candidates

@@ -4,11 +4,12 @@ import errno
 import functools
 import os
 import re
+import signal
 import sys
 
 LOST = r"Connection (closed|reset) by (remote )?peer|gloo/transport"  # how gloo says that a process has gone
 ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
-               errno.ENAMETOOLONG}  # fmt: skip
+               errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}  # fmt: skip
 
 
 class UserError(Exception):
@@ -21,6 +22,12 @@ class Stopped(UserError):
     """Ctrl-C, or a signal to end."""
 
     code = 130
+
+
+def world_size():
+    """How many processes torchrun has started, 1 without it; WORLD_SIZE alone, as clusters set it, means nothing."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdigit() and "RANK" in os.environ else 1
 
 
 def no_device(name):
@@ -44,6 +51,8 @@ def explain(error):
         return UserError("another process of this job has stopped, see its message")
     if isinstance(error, KeyboardInterrupt):
         return Stopped("stopped")
+    if isinstance(error, BrokenPipeError):
+        return Stopped("stopped: nobody reads the output any more")
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in text:
         return UserError("out of memory: lower --batch-size or --max-length, or take a smaller model")
     if isinstance(error, OSError) and error.errno in ENVIRONMENT:
@@ -59,6 +68,10 @@ def one_line_errors(main):
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see refuse_mistakes
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that has no θ shall not end a run
         try:
             return main(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as error:
@@ -66,11 +79,13 @@ def one_line_errors(main):
             if known is None:
                 raise
             line = " ".join(str(known).split())
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                line = f"process {os.environ.get('RANK', 0)}: {line}"
+            if world_size() > 1:
+                line = f"process {os.environ['RANK']}: {line}"
             if len(line) > 600:  # it quotes somebody's label of 5,000 characters
                 line = f"{line[:300]} ... {line[-250:]}"
             print(line if isinstance(known, Stopped) else f"error: {line}", file=sys.stderr)
+            if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would complain once more at its end
             raise SystemExit(known.code) from None
 
     return wrapper

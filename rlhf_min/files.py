@@ -62,6 +62,8 @@ def write_json(path, value):
 def read_json(path):
     """The object in a JSON file; UserError where there is none."""
     try:
+        if Path(path).is_fifo():
+            raise ValueError("it is a pipe")
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("an object {...} is needed")

@@ -43,6 +43,8 @@ LAYOUTS = {  # by config.json's model_type
     for family in families.split()
 }  # fmt: skip
 EMBEDDING_SIZE = {"opt": "word_embed_proj_dim", "electra": "embedding_size", "deberta-v2": "embedding_size"}
+BLOCKS = r"(?:(?:encoder|transformer)\.layer|(?:decoder\.)?layers|h|blocks)"  # what the blocks are numbered under
+OUTPUTS = ("lm_head.weight", "decoder.weight")  # may be tied to the embedding
 HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # of sequence classifiers
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 
@@ -101,20 +103,21 @@ def check_tensors(name, shapes, config, labels=0):
     heads = size("num_attention_heads", "n_head", "n_heads")
     if heads and width % heads and family in ("gpt2", "bert", "distilbert"):
         raise UserError(f"{name}: {heads} heads cannot share a width of {width}; mend its config.json")
-    numbers, blocks, rest = set(), {}, {}
+    numbers, blocks, rest, block = set(), {}, {}, re.compile(rf"((?:{backbone}\.)*{BLOCKS}\.)([0-9]{{1,6}})(\..*)")
     for key, shape in shapes.items():
-        if not (found := re.fullmatch(r"(.*?\.)([0-9]{1,6})(\..*)", key)):
-            if key.count(".") > 1 + f"{backbone}.{outside[0]}".count("."):
-                continue  # under a name that transformers does not look for
+        if not (found := block.fullmatch(key)):
             rest.setdefault(_last_parts(key), []).append((key, shape))
         elif (number := int(found[2])) < layers:  # of more than that, transformers takes no notice
             numbers.add(number)
-            blocks.setdefault((found[1], found[3], shape), set()).add(number)
+            if key.endswith((".weight", ".bias")):  # others may be in some blocks only, such as an old file's buffers
+                blocks.setdefault((found[1], found[3], shape), set()).add(number)
     absent = {f"{start}{i}{end}" for (start, end, _), there in blocks.items() if 2 * len(there) >= len(numbers)
               for i in range(min(layers, 10_000)) if i not in there}  # fmt: skip  # of what most blocks have
+    if layers and not numbers:
+        absent.add(f"{backbone}'s blocks")
     wanted = {f"{module}.weight": (width,) for module in outside}  # the last sizes of its shape
     wanted[f"{outside[0]}.weight"] = vocabulary, embedding
-    if any(shape == (vocabulary, embedding) for _, shape in rest.get("lm_head.weight", ())):
+    if (vocabulary, embedding) in (shape for key in OUTPUTS for _, shape in rest.get(key, ())):
         del wanted[f"{outside[0]}.weight"]  # they may be tied, and stored under this name
     if labels:
         wanted[f"{head}.weight"] = labels, embedding if family == "opt" else width
@@ -126,10 +129,10 @@ def check_tensors(name, shapes, config, labels=0):
         raise lacking(name, absent)
     named = {key: key.removeprefix(f"{backbone}.") for key in shapes}
     inside = {f"{start}{i}{end}" for (start, end, shape), there in blocks.items() for i in there
-              if len(there) == layers and len(shape) < 3 and end.endswith((".weight", ".bias"))}  # fmt: skip
+              if len(there) == layers and len(shape) < 3}  # fmt: skip
     twice = {plain for plain, count in Counter(named.values()).items() if count > 1}  # under both names: which is read?
     return {key for key, plain in named.items() if plain not in twice
-            if (key in inside and re.match(r"((encoder|transformer)\.layer|(decoder\.)?layers|h|blocks)\.\d", plain))
+            if (key in inside and re.match(rf"{BLOCKS}\.", plain))
             or plain in wanted or key in wanted}  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from itertools import count
@@ -19,7 +20,7 @@ import yaml
 
 from . import toy
 from .data import hold_out_of, load_prompts, prompt_of_row, read_prompts, with_answer
-from .errors import UserError, one_line_errors
+from .errors import UserError, one_line_errors, world_size
 from .files import read_json
 from .model_files import check_ends
 from .preflight import (
@@ -62,12 +63,15 @@ class RunOptions:
         """The folder of the run: `out` if nothing is there, else UserError; without `out` the first free one."""
         if not self.out:
             name = re.split("[./]", self.script.removesuffix(".py"))[-1].removeprefix("train_")
-            return next(folder for n in count(1) if not (folder := Path("runs", f"{name}-{n}")).exists())
-        folder = Path(self.out)
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        if there.is_file() or not os.access(there, os.W_OK):
-            why = "is a file" if there.is_file() else "cannot be written"
-            raise UserError(f"--out {self.out} cannot be made: {there} {why}; name another folder")
+            folder = next(folder for n in count(1) if not os.path.lexists(folder := Path("runs", f"{name}-{n}")))
+        else:
+            folder = Path(self.out)
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            why = "cannot be written" if there.is_dir() else "is no folder"
+            raise UserError(f"--out {folder} cannot be made: {there} {why}; name another folder")
+        if str(folder).encode(errors="ignore").decode() != str(folder):  # safetensors could not write into it
+            raise UserError(f"--out {folder}: a name that is no UTF-8; name another folder")
         if any(not path.name.endswith(".new") for path in folder.glob("*")):  # .new: half written, see checkpoint.py
             raise UserError(f"--out {self.out} holds another run or other files; name a new folder, or add --resume")
         return folder
@@ -82,7 +86,7 @@ class RunOptions:
 
     def check(self):
         """UserError for flags that do not go together and for names of what is not there or not what it should be."""
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not self.parallel:
+        if world_size() > 1 and not self.parallel:
             raise UserError(f"{self.script} runs in one process; start it without torchrun")
         self.folder()
         check_device(self.device)
@@ -300,6 +304,8 @@ class _ConfigLoader(yaml.SafeLoader):
 
 def _read_config(path):
     try:
+        if not Path(path).is_file():  # what can be read only once, such as <(echo lr: 1)
+            raise OSError("no such file")
         config = yaml.load(Path(path).read_text(encoding="utf-8"), _ConfigLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from None
@@ -374,3 +380,5 @@ def refuse_mistakes(options_class):
 
         pick_device(options.device)
     options.check_tokens()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while torch is imported has nothing to tell

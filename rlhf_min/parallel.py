@@ -13,19 +13,14 @@ import os
 import torch
 from torch import distributed as dist
 
-from .errors import UserError
+from .errors import UserError, world_size
 
 PATIENCE = datetime.timedelta(days=7)  # a process without a run waits for the others; torchrun ends it if one dies
 
 
-def world_size():
-    """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def rank():
     """The number of this one; number 0 writes, prints and draws."""
-    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def join():

@@ -45,7 +45,7 @@ def plot_metrics(metrics, names, path, series=lambda row: ""):
 
 
 def plot_front(fronts, judge_names, path):
-    """Each judge over KL to SFT, a line per front {label: rows}, bars of one standard error."""
+    """Each judge over the KL to the reference, a line per front {label: rows}, bars of one standard error."""
 
     def fill(panel, name):
         for label, rows in fronts.items():
@@ -53,8 +53,9 @@ def plot_front(fronts, judge_names, path):
                            xerr=[row["kl_se"] for row in rows], yerr=[row[f"{name}_se"] for row in rows])  # fmt: skip
             for row in (rows[0], rows[-1]):
                 if "eta" in row:
-                    panel.annotate(f"η={row['eta']:.2g}", (row["kl"], row[name]), xytext=(4, -10),
-                                   textcoords="offset points", fontsize=7)  # fmt: skip
-        panel.set(xlabel="KL to SFT, nats per answer", ylabel=name)
+                    last = row is rows[-1] and len(rows) > 1  # beside which there is no room on the right
+                    panel.annotate(f"η={row['eta']:.2g}", (row["kl"], row[name]), xytext=(-4 if last else 4, -10),
+                                   textcoords="offset points", fontsize=7, ha="right" if last else "left")  # fmt: skip
+        panel.set(xlabel="KL, nats per answer", ylabel=name)
 
     draw(judge_names, fill, path, (4.5, 3.6))

@@ -22,7 +22,7 @@ class PretrainOptions(TrainingOptions):
     script: ClassVar[str] = "-m rlhf_min.pretrain"
 
     data: str = option(toy.REVIEWS, "texts: .jsonl(.gz) with a field 'text', or .txt with a text per line")
-    vocab_size: int = option(600, "entries of the BPE vocabulary", low=260)
+    vocab_size: int = option(600, "entries of the BPE vocabulary", low=260, high=10**6)
     layers: int = option(2, "transformer blocks", low=1)
     width: int = option(64, "size of the residual stream, a multiple of 32", low=32)
     max_length: int = option(64, "longest sequence, in tokens; a longer text becomes several", low=2)

@@ -9,7 +9,7 @@ import os
 import zipfile
 from pathlib import Path
 
-from .errors import UserError, explain, first_line
+from .errors import UserError, explain, first_line, world_size
 from .files import read_json
 from .model_files import weight_files
 from .preflight import base_of_adapter, folder_of
@@ -79,11 +79,6 @@ def no_checkpoint(path, why):
                      "begin the run anew")  # fmt: skip
 
 
-def identity(run):
-    """What a run.json and each of its checkpoints must have in common."""
-    return {"script": run.get("script"), "options": run.get("options")}
-
-
 def check_state(folder, run):
     """What the checkpoint of `run`, a run.json, says of itself, None before the first one.
 
@@ -94,24 +89,37 @@ def check_state(folder, run):
     for path, right in ((checkpoints, checkpoints.is_dir()), (metrics, metrics.is_file())):
         if os.path.lexists(path) and not right:
             raise UserError(f"{path} is not what a run leaves under this name; remove it, or begin a new run")
-    if not os.path.lexists(checkpoints / "state.pt"):
+    abouts = {path.name: read_about(path) for path in checkpoints.glob("*.pt")}
+    for name, about in abouts.items():
+        if about.get("run") != run.get("id"):
+            raise no_checkpoint(checkpoints / name, "it is one of another run")
+    if "state.pt" not in abouts:
+        if any(about.get("metrics_bytes") for about in abouts.values()):
+            raise UserError(f"{checkpoints}/state.pt is missing; remove the folder {checkpoints} to begin the run anew")
         return None
-    about = read_about(checkpoints / "state.pt")
+    about = abouts["state.pt"]
     if not all(isinstance(about.get(name), kind) for name, kind in STATE.items()):
         raise no_checkpoint(checkpoints / "state.pt", "it is not the state of a run")
-    missing = [name for name in about["finished"] if not os.path.lexists(checkpoints / str(name))]
+    missing = [name for name in about["finished"] if name not in [*abouts]]
     if missing:
         raise UserError(f"{checkpoints}/{missing[0]} is missing; remove the folder {checkpoints} to begin the run anew")
-    for path in (checkpoints / str(name) for name in ("state.pt", *about["finished"])):
-        if read_about(path).get("run") != identity(run):
-            raise no_checkpoint(path, "it is one of another run")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if about["processes"] != processes:
-        raise UserError(f"--resume: the run in {folder} is one of {about['processes']} processes, not {processes}; "
+    if about["processes"] != world_size():
+        raise UserError(f"--resume: the run in {folder} is one of {about['processes']} processes, not {world_size()}; "
                         "start as many")  # fmt: skip
-    if (metrics.stat().st_size if metrics.is_file() else 0) < about["metrics_bytes"]:
-        raise UserError(f"{metrics} has lost lines that the checkpoint knows; begin a new run")
+    check_metrics(metrics, about["metrics_bytes"])
     return about
+
+
+def check_metrics(path, size):
+    """UserError unless the first `size` bytes of a metrics.jsonl are whole lines."""
+    lines = path.read_bytes()[: max(0, size)] if path.is_file() else b""
+    if len(lines) != size:
+        raise UserError(f"{path} has lost lines that the checkpoint knows; begin a new run")
+    try:
+        for line in lines.splitlines():
+            json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path} is not as the run left it ({first_line(error)}); begin a new run") from None
 
 
 def check_resume(options):

@@ -101,7 +101,7 @@ class RewardFunction:
         """As RewardModel; UserError where the function does not return one finite number per answer."""
         try:
             values = self.function(prompts=prompts, completions=completions)
-        except Exception as error:  # somebody else's program: what it raises, and where
+        except (Exception, SystemExit) as error:  # somebody else's program: what it raises, and where
             at = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(f"reward function {self.name} raised {type(error).__name__}: {first_line(error)} "
                             f"({at.filename}, line {at.lineno})") from None  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import shlex
 import shutil
 import signal
@@ -24,7 +25,7 @@ from . import parallel
 from .checkpoint import RandomState, load_checkpoint, pack, restore, save_checkpoint, snapshot, unpack
 from .errors import Stopped, UserError, explain
 from .files import read_json, write_json
-from .resume import check_inputs, check_state, fingerprints, identity
+from .resume import check_inputs, check_state, fingerprints
 
 
 def git_commit():
@@ -93,6 +94,7 @@ class RunLog:
                    "device": self.options.device, "processes": parallel.world_size()}  # fmt: skip
         inputs = fingerprints(self.options)
         run = {
+            "id": secrets.token_hex(8),  # which its checkpoints have, too
             "script": self.options.script,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "options": dataclasses.asdict(self.options) | {"out": str(self.folder)},
@@ -103,7 +105,7 @@ class RunLog:
         if path.exists():
             run = read_json(path)
             self._compare(run, inputs, machine)
-        self._identity = identity(run)
+        self._id = run.get("id")
         offset, parts = self._load_state(run)
         write_json(path, run)
         self._lines = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
@@ -138,6 +140,8 @@ class RunLog:
     def _load_state(self, run):
         """(size of metrics.jsonl at the last checkpoint, each process's state, which its next loop takes)"""
         if check_state(self.folder, run) is None:
+            if self.options.resume:
+                print(f"nothing to resume in {self.folder}: the run begins with its first step")
             return 0, [None] * parallel.world_size()
         saved = load_checkpoint(self._checkpoints / "state.pt")
         self._start -= saved["seconds"]
@@ -203,7 +207,7 @@ class RunLog:
         if self.writes:
             os.fsync(self._lines.fileno())
             about = {
-                "run": self._identity,
+                "run": self._id,
                 "title": title, "step": step, "metrics_bytes": self._lines.tell(), "processes": len(parts),
                 "finished": [path.name for path in self._checkpoints.glob("*.pt") if path.name != "state.pt"],
                 "seconds": time.perf_counter() - self._start,
@@ -228,7 +232,8 @@ class RunLog:
             return saved["value"]
         value = make(*args)
         if self.save_every and self.writes:
-            save_checkpoint(path, {"run": self._identity}, value=value, random=snapshot(RandomState()))
+            about = {"run": self._id, "metrics_bytes": self._lines.tell()}
+            save_checkpoint(path, about, value=value, random=snapshot(RandomState()))
         return value
 
     def step(self, show=("loss",), **metrics):

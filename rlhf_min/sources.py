@@ -6,6 +6,7 @@ No torch here: what is not there, or broken at first sight, is refused before to
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import threading
 import urllib.error
@@ -18,6 +19,8 @@ from .errors import UserError, first_line
 from .model_files import read_adapter_header
 
 TAKEN = {*"prompt completion length ended kl eos_rate distinct_2 eta policy run".split()}  # columns of tables
+
+NO_COLUMN = re.compile(r"^$|[|\n]|_(se|z|delta|low|high|rate)$")  # of a table; the endings are evaluate.py's
 
 
 def hub_refusal(path, timeout=1.0):
@@ -138,8 +141,10 @@ def named_judges(specs):
             name, rest = spec.rstrip("/").replace("/", ".").rpartition(".")[2], spec
         if not rest:
             raise UserError(f"--judges {spec} names no judge; write name=folder or name=package.module.function")
-        if name in judges or name in TAKEN:
-            raise UserError(f"--judges {spec}: the name {name} is taken; write other-name={rest}")
+        if name in judges or name in TAKEN or NO_COLUMN.search(name):
+            raise UserError(
+                f"--judges {spec}: the name {name} is taken or cannot head a column; write other-name={rest}"
+            )
         judges[name] = rest
     return judges
 
@@ -157,7 +162,7 @@ def import_function(spec):
         function = getattr(importlib.import_module(module_name), function_name)
     except AttributeError:
         raise UserError(f"{spec}: module {module_name} has no function {function_name}") from None
-    except Exception as error:  # no such module; leading dots; or whatever the module's own lines raise
+    except (Exception, SystemExit) as error:  # no such module; leading dots; or what the module's own lines raise
         raise UserError(
             f"{spec}: {type(error).__name__}: {first_line(error)}; name a model folder or package.module.function"
         ) from None

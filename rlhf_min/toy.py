@@ -174,7 +174,7 @@ def ensure_texts():
 def ensure_run(folder, main, flags=()):
     """Run `main` with these flags into `folder`, unless it has a model; what was interrupted is resumed."""
     if not Path(folder, "summary.json").exists():
-        main(["--out", folder, "--resume", *flags])
+        main(["--out", folder, *(["--resume"] if Path(folder, "run.json").exists() else []), *flags])
     elif not Path(folder, "model").exists():  # the reward model was refused
         shutil.rmtree(folder)
         main(["--out", folder, *flags])

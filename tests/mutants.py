@@ -195,7 +195,7 @@ MUTANTS = [
     ("resume", "before if in_cache else before | files", "before | files"),
     ("resume", 'about.get("format") == FORMAT', "about"),
     ("resume", 'about["processes"] != processes', "False"),
-    ("resume", '.get("run") != identity(run)', '.get("run") is None'),
+    ("resume", '.get("run") != run.get("id")', '.get("run") is None'),
     ("resume", "isinstance(about.get(name), kind) for", "name in about for"),
     ("model_files", "if plain not in twice", "if True"),
     ("decoding", 'not getattr(model, "_is_stateful", False)', "True"),

@@ -398,6 +398,25 @@ CASES = {
     ),
     # comparing at one KL
     "KL of a front": Case("evaluate", "--policies --front empty --match-kl 1", "--match-kl goes with --policies"),
+    "judge that would head the z of another": Case(
+        "evaluate", "--judges judge judge_z=functions.fluent", "the name judge_z is taken or cannot head a column"
+    ),
+    "judge whose name is empty": Case("evaluate", "--judges =judge", "the name is taken or cannot head a column"),
+    "judge whose name breaks a table": Case("evaluate", "--judges a|b=judge", "the name a|b is taken or cannot"),
+    "config that is a pipe": Case("warp", "--config /dev/fd/0", "--config /dev/fd/0 cannot be read: no such file"),
+    "out below a file that is none": Case("warp", "--out /dev/null/x", "cannot be made: /dev/null is no folder"),
+    "out that is no UTF-8": Case("warp", "--out caf\udce9", "a name that is no UTF-8"),
+    "judge that exits as it is imported": Case(
+        "warp", "--reward-model exits.reward", "exits.reward: SystemExit: 0", {"exits.py": b"import sys; sys.exit(0)"}
+    ),
+    "judge that exits": Case(
+        "warp",
+        "--reward-model leaves.reward",
+        "leaves.reward raised SystemExit: bye",
+        {"leaves.py": b"def reward(**x): raise SystemExit('bye')"},
+        late=True,
+    ),
+    "vocabulary beyond memory": Case("pretrain", "--vocab-size 2000000000", "--vocab-size must be between"),
     "negative KL": Case("evaluate", "--match-kl=-1", "--match-kl must be at least 0"),
     "KL of another architecture": Case(
         "evaluate", "--policies policy wide --match-kl 0.1", "--match-kl needs policies of one architecture"
@@ -1336,10 +1355,14 @@ DAMAGE = {
         lambda folder: ((folder / "state.pt").unlink(), os.mkfifo(folder / "state.pt")),
         "(it is no file)",
     ),
+    "metrics with a line that broke": (
+        lambda folder: (folder.parent / "metrics.jsonl").write_bytes(
+            b'{"a: 1}' + (folder.parent / "metrics.jsonl").read_bytes()
+        ),
+        "metrics.jsonl is not as the run left it",
+    ),
     "state of another run": (
-        lambda folder: also(
-            "run.json", options={**json.loads((folder.parent / "run.json").read_text())["options"], "seed": 7}
-        )(folder.parent),
+        lambda folder: also("run.json", id="7")(folder.parent),
         "state.pt is not a whole checkpoint of this program (it is one of another run)",
     ),
     "other texts": (
@@ -1370,6 +1393,26 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(
     assert line.startswith("error: ")
     assert fragment in line
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("policy", [5, None, True, ["policy"], {}])
+def test_a_front_whose_policy_is_no_name(workplace, monkeypatch, capfd, policy):
+    """The run.json of a WARP run that somebody has edited is told, not followed."""
+    (workplace / "front").mkdir()
+    (workplace / "front" / "run.json").write_text(json.dumps({"options": {"policy": policy}}))
+    code, line = refused_early(monkeypatch, capfd, "evaluate", "--policies --front front")
+    assert (code, "--front front: no run.json of a WARP run" in line) == (2, True)
+
+
+@pytest.mark.parametrize("out", ["link", "link/x"])
+def test_a_folder_that_is_not_mounted(workplace, monkeypatch, capfd, out):
+    """A link to a disk that is not there is named, also where the runs without --out would go."""
+    (workplace / "link").symlink_to("/nowhere/disk")
+    code, line = refused_early(monkeypatch, capfd, "warp", f"--out {out}")
+    assert (code, "link is no folder" in line) == (2, True)
+    (workplace / "runs").symlink_to("/nowhere/disk")
+    code, line = refused_early(monkeypatch, capfd, "warp", "--out=")
+    assert (code, "runs is no folder" in line) == (2, True)
 
 
 ODD = {
@@ -1457,6 +1500,19 @@ SHAPES = {"transformer.wte.weight": (9, 4), "transformer.wpe.weight": (8, 4), "t
         ({"transformer.h.1.a.weight": None}, {}, "lack 1 tensors, such as transformer.h.1.a.weight"),
         ({"transformer.h.2.a.bias": (11,)}, {}, "lack 1 tensors, such as transformer.h.2.a.bias"),
         ({"transformer.h.0.{x}.weight": (1,), "a.{0}.1.weight": (2,)}, {}, ""),  # of what one block has, no notice
+        (
+            {"v_head.0.weight": (1,), "v_head.2.weight": (1,), "tower.h.0.b.weight": (2,), "tower.h.1.b.weight": (2,)},
+            {},
+            "",
+        ),
+        ({"transformer.h.0.attn.buffer": (1,), "transformer.h.1.attn.buffer": (1,)}, {}, ""),
+        (dict.fromkeys(SHAPES) | {f"transformer.{name}": shape for name, shape in SHAPES.items()}, {}, ""),
+        (
+            dict.fromkeys(SHAPES) | {f"x.{name}": shape for name, shape in SHAPES.items()},
+            {},
+            "lack 1 tensors, such as transformer's blocks",
+        ),
+        ({"transformer.wte.weight": None, "lm_head.decoder.weight": (9, 4)}, {}, ""),  # as RoBERTa calls it
         ({"mtp.h.3.a.weight": (3, 3), "v_head.norm.weight": (1,), "v_head.0.weight": (1,)}, {}, ""),
         ({"transformer.wte.weight": None, "lm_head.weight": (9, 4)}, {}, ""),  # tied, under its other name
         ({"transformer.wte.weight": None, "lm_head.weight": (9, 5)}, {}, "such as wte.weight"),
@@ -1515,7 +1571,7 @@ def test_no_tensor_of_a_family_may_lack(family, tmp_path):
         labels = int("SequenceClassification" in type(model).__name__)
         certain = check_tensors("model", shapes, config, labels)
         outside = [f".{name}.weight" for name in (*LAYOUTS[family].outside, LAYOUTS[family].head)]
-        if "lm_head.weight" in shapes:
+        if any(key.endswith(("lm_head.weight", "decoder.weight")) for key in shapes):
             del outside[0]  # it may be tied to it
         needed = {key for key in shapes if re.search(r"\.\d+\.", key)}
         wrong += needed - certain

@@ -40,6 +40,7 @@ def tensor(*values):
 def test_a_benchmark_is_one_process(module, monkeypatch, capsys):
     """torchrun is refused, also by those whose options come from a script that it may start."""
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit, match="2"):
         module.main([])
     assert "start it without torchrun" in capsys.readouterr().err

@@ -30,7 +30,7 @@ from rlhf_min.lora import add_lora, save_adapter
 from rlhf_min.models import save_model
 from rlhf_min.options import parse_options
 from rlhf_min.precision import Optimizer
-from rlhf_min.resume import check_inputs, check_state, fingerprints, identity, read_about
+from rlhf_min.resume import check_inputs, check_state, fingerprints, read_about
 from tests.kills import results, run_quietly, survive
 
 SAMPLING = "--batch-size 4 --num-eval-prompts 4 --max-length 13 --lr 1e-3 --save-every 2"
@@ -279,29 +279,37 @@ def test_what_a_checkpoint_says_of_itself_is_read_without_torch(tmp_path):
 
 def test_what_a_checkpoint_says_of_itself_must_go_with_the_run(tmp_path):
     """check_state: None before the first checkpoint; then all fields as RunLog writes them, of this run, or refused."""
-    run, state = {"script": "train_x.py", "options": {"lr": 0.1}, "resumed": []}, tmp_path / "checkpoint" / "state.pt"
-    about = {"run": identity(run), "title": "θ", "step": 7, "metrics_bytes": 3, "processes": 1, "finished": ["a.pt"],
+    run, state, metrics = {"id": "1f"}, tmp_path / "checkpoint" / "state.pt", tmp_path / "metrics.jsonl"
+    about = {"run": "1f", "title": "θ", "step": 7, "metrics_bytes": 3, "processes": 1, "finished": ["a.pt"],
              "seconds": 2}  # fmt: skip
     assert check_state(tmp_path, run) is None
     save_checkpoint(state, about)
-    save_checkpoint(state.with_name("a.pt"), {"run": identity(run)})
-    (tmp_path / "metrics.jsonl").write_bytes(b"{}\n")
+    save_checkpoint(state.with_name("a.pt"), {"run": "1f", "metrics_bytes": 3})
+    metrics.write_bytes(b"{}\n{}")
     assert check_state(tmp_path, run | {"resumed": [{}]}).items() >= about.items()
     for wrong, fragment in (
         ({"processes": 2}, "one of 2 processes, not 1"),
         ({"finished": ["gone.pt"]}, "gone.pt is missing"),
         ({"finished": ["state.pt", 3]}, "3 is missing"),
-        ({"metrics_bytes": 4}, "has lost lines"),
+        ({"finished": [["a.pt"]]}, "is missing"),
+        ({"finished": ["../metrics.jsonl"]}, "is missing"),
+        ({"metrics_bytes": -1}, "has lost lines"),
+        ({"metrics_bytes": 5}, None),
+        ({"metrics_bytes": 6}, "has lost lines"),
+        ({"metrics_bytes": 4}, "is not as the run left it"),
         ({"run": None}, "it is one of another run"),
-        ({"run": {"script": "train_x.py", "options": {"lr": 0.2}}}, "it is one of another run"),
-        ({"run": {"script": "train_y.py", "options": {"lr": 0.1}}}, "it is one of another run"),
+        ({"run": "2f"}, "it is one of another run"),
         *(({name: odd}, "it is not the state of a run") for name in about if name != "run" for odd in (None, {}, b"")),
     ):
         save_checkpoint(state, {name: value for name, value in (about | wrong).items() if value != b""})  # left out
-        with pytest.raises(UserError, match=fragment):
+        with pytest.raises(UserError, match=fragment) if fragment else contextlib.nullcontext():
             check_state(tmp_path, run)
-    save_checkpoint(state, about)
-    save_checkpoint(state.with_name("a.pt"), {"run": {"script": "train_x.py", "options": {}}})
+    state.unlink()
+    with pytest.raises(UserError, match=r"state\.pt is missing"):  # the finished run's lines would be cut off
+        check_state(tmp_path, run)
+    save_checkpoint(state.with_name("a.pt"), {"run": "1f", "metrics_bytes": 0})
+    assert check_state(tmp_path, run) is None  # an evaluation before the first step
+    save_checkpoint(state.with_name("a.pt"), {"run": "2f"})
     with pytest.raises(UserError, match=r"a\.pt is not a whole checkpoint of this program \(it is one of another run"):
         check_state(tmp_path, run)
 

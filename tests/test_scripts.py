@@ -1,6 +1,7 @@
 """Every script at toy size, end to end, on an embedded world in miniature (the fixture `world`)."""
 
 import importlib.util
+import io
 import json
 import math
 import re
@@ -187,6 +188,17 @@ def test_kl_to_sft_starts_at_zero_and_stays_through_iterations(warp_run):
     for row in read_metrics(warp_run[0]):
         if row["step"] == 1:
             assert (row["kl"] == 0.0) == (row["iteration"] == 1), row
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_greek_does_not_end_a_run(world, monkeypatch, tmp_path, encoding):
+    """What cannot be printed is replaced, and the run ends as it should."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", out)
+    train_warp.main([*SMALL, "--iterations", "1", "--out", str(tmp_path / "run")])
+    out.flush()
+    assert b"The front: (1??) ?_sft + ? ?_slerp" in out.buffer.getvalue()
+    assert (tmp_path / "run/summary.json").exists()
 
 
 def test_every_run_has_its_own_optimizer_and_baseline(warp_run):
@@ -589,6 +601,7 @@ def test_a_run_without_a_model_is_not_cached(tmp_path):
         (folder / "summary.json").write_text("{}")
 
     folder.mkdir()
+    (folder / "run.json").write_text("{}")
     toy.ensure_run(str(folder), main)
     shutil.rmtree(folder / "model")
     toy.ensure_run(str(folder), main)

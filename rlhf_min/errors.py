@@ -9,7 +9,7 @@ import sys
 
 LOST = r"Connection (closed|reset) by (remote )?peer|gloo/transport"  # how gloo says that a process has gone
 ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
-               errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}  # fmt: skip
+               errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}  # fmt: skip
 
 
 class UserError(Exception):

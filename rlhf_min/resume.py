@@ -98,7 +98,7 @@ def check_state(folder, run):
             raise UserError(f"{checkpoints}/state.pt is missing; remove the folder {checkpoints} to begin the run anew")
         return None
     about = abouts["state.pt"]
-    if not all(isinstance(about.get(name), kind) for name, kind in STATE.items()):
+    if not all(isinstance(about.get(name), kind) for name, kind in STATE.items()) or not about["seconds"] < 1e12:
         raise no_checkpoint(checkpoints / "state.pt", "it is not the state of a run")
     missing = [name for name in about["finished"] if name not in [*abouts]]
     if missing:

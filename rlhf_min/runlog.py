@@ -130,8 +130,8 @@ class RunLog:
         if not self.options.resume:
             raise UserError(f"{self.folder} was taken by another run a moment ago; name another --out")
         check_inputs(self.folder, run, inputs)
-        resumed = run.setdefault("resumed", [])
-        last = resumed[-1] if resumed else run
+        resumed = run["resumed"] = run["resumed"] if isinstance(run.get("resumed"), list) else []
+        last = resumed[-1] if resumed and isinstance(resumed[-1], dict) else run
         resumed.append(machine)
         if any(last.get(key) != value for key, value in machine.items()):
             print(f"note: commit, versions, threads or device are not those in {self.folder}/run.json; figures may "

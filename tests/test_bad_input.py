@@ -1395,6 +1395,18 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("resumed", [{}, "x", [1]])
+def test_a_run_whose_history_was_edited_goes_on(interrupted, tmp_path, monkeypatch, resumed):
+    """What run.json says of earlier resumes is for its reader; links in the way of a new file are removed."""
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    also("run.json", resumed=resumed)(tmp_path / "out")
+    (tmp_path / "out" / ".run.json.new").symlink_to(tmp_path)
+    MAINS["pretrain"]([*FLAGS["pretrain"].split(), "--resume"])
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["resumed"][-1]["processes"] == 1
+    assert (tmp_path / "texts.txt").exists()
+
+
 @pytest.mark.parametrize("policy", [5, None, True, ["policy"], {}])
 def test_a_front_whose_policy_is_no_name(workplace, monkeypatch, capfd, policy):
     """The run.json of a WARP run that somebody has edited is told, not followed."""

@@ -294,6 +294,8 @@ def test_what_a_checkpoint_says_of_itself_must_go_with_the_run(tmp_path):
         ({"finished": [["a.pt"]]}, "is missing"),
         ({"finished": ["../metrics.jsonl"]}, "is missing"),
         ({"metrics_bytes": -1}, "has lost lines"),
+        ({"seconds": 10**400}, "it is not the state of a run"),
+        ({"seconds": float("nan")}, "it is not the state of a run"),
         ({"metrics_bytes": 5}, None),
         ({"metrics_bytes": 6}, "has lost lines"),
         ({"metrics_bytes": 4}, "is not as the run left it"),

@@ -1668,8 +1668,15 @@ MISTAKES = {
 }
 
 
+@pytest.fixture(scope="module")
+def light_tokenizers():
+    """Whether transformers' tokenizers do without torch; those of 5.17 import it."""
+    program = "import sys, transformers; transformers.PreTrainedTokenizerFast; sys.exit('torch' in sys.modules)"
+    return subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
 @pytest.mark.parametrize("script", MISTAKES)
-def test_mistakes_are_refused_before_torch_is_imported(workplace, monkeypatch, script):
+def test_mistakes_are_refused_before_torch_is_imported(workplace, monkeypatch, light_tokenizers, script):
     """T59, T69: called as its users call it, a script says what is wrong in one line before torch takes its seconds."""
     (workplace / "a.yaml").write_text("gamma: 1\n")
     (workplace / "bad.jsonl").write_bytes(rows({"prompt": "a"}) + b"{")
@@ -1696,7 +1703,12 @@ def test_mistakes_are_refused_before_torch_is_imported(workplace, monkeypatch, s
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(flags)], capture_output=True, text=True, timeout=60
     )
-    assert done.stdout.splitlines() == ["2 False"] * len(flags)
+    seen = done.stdout.splitlines()
+    assert [line[:2] for line in seen] == ["2 "] * len(flags)
+    first = next((i for i, line in enumerate(seen) if line == "2 True"), None)
+    assert first is None or (
+        not light_tokenizers and re.search("prompt has|chat template|conver", MISTAKES[script][first][1])
+    )
     lines = done.stderr.splitlines()
     assert len(lines) == len(flags)
     for line, (_, fragment) in zip(lines, MISTAKES[script]):

@@ -201,9 +201,8 @@ def check_fit(adapter, base):
     for name, (width_in, width_out) in adapted_modules(adapter).items():
         if not re.search(r"\.\d+\.", name):
             continue
-        parts = f"{name}.weight".split(".")
-        keys = {".".join(parts[i:]) for i in range(len(parts))}  # a hub's base may leave out the first part
-        found = [shapes[key] for key in keys if key in shapes]
+        wanted = f".{name}.weight"  # of which a base may leave out the first part, or have one more in front
+        found = [shape for key, shape in shapes.items() if wanted.endswith(f".{key}") or f".{key}".endswith(wanted)]
         if not found and str(family) in LAYOUTS:
             raise UserError(f"{adapter}: {name} does not fit the model in {base}, which has no such module")
         if found and sorted(found[0]) != sorted((width_in, width_out)):

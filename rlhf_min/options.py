@@ -144,9 +144,9 @@ class LoRAOptions(TrainingOptions):
         if self.lora_r:
             check_targets(name, self.lora_target_modules)
             return
-        for name in ("lora_alpha", "lora_target_modules", "lora_dropout"):
-            if getattr(self, name) != getattr(type(self)(), name):
-                raise UserError(f"{_flag(name)} goes with LoRA only; set --lora-r or leave it out")
+        for other in ("lora_alpha", "lora_target_modules", "lora_dropout"):
+            if getattr(self, other) != getattr(type(self)(), other):
+                raise UserError(f"{_flag(other)} goes with LoRA only; set --lora-r or leave it out")
 
 
 @dataclass
@@ -305,7 +305,7 @@ class _ConfigLoader(yaml.SafeLoader):
 def _read_config(path):
     try:
         if not Path(path).is_file():  # what can be read only once, such as <(echo lr: 1)
-            raise OSError("no such file")
+            raise OSError("no such file (a pipe is none: write it to a file)")
         config = yaml.load(Path(path).read_text(encoding="utf-8"), _ConfigLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from None

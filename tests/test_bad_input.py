@@ -42,7 +42,7 @@ import train_warp
 from rlhf_min.data import load_pairs, load_prompts, read_prompts, read_rows, read_texts
 from rlhf_min.errors import UserError, one_line_errors
 from rlhf_min.lora import add_lora, save_adapter
-from rlhf_min.model_files import LAYOUTS, check_tensors, tensor_shapes
+from rlhf_min.model_files import LAYOUTS, check_fit, check_tensors, tensor_shapes
 from rlhf_min.models import save_model
 from rlhf_min.options import parse_options, refuse_mistakes
 from rlhf_min.preflight import check_device
@@ -1666,6 +1666,16 @@ MISTAKES = {
     ],
     "rlhf_min/pretrain.py": [("--data none.txt", "none.txt: no such file"), ("--width 33", "--width 33 must be")],
 }
+
+
+@pytest.mark.parametrize("rename", [lambda key: f"transformer.{key}", lambda key: key.removeprefix("transformer.")])
+def test_an_adapter_fits_a_base_of_more_or_fewer_parts(workplace, rename):
+    """transformers loads a base whose names have the prefix twice or not at all; so does the check of an adapter."""
+    shutil.copytree(workplace / "policy", workplace / "renamed")
+    tensors(lambda t: [t.update({rename(key): t.pop(key)}) for key in list(t)])(workplace / "renamed")
+    check_fit(workplace / "adapter", workplace / "renamed")
+    with pytest.raises(UserError, match="does not fit the model in"):
+        check_fit(workplace / "adapter", workplace / "wide")
 
 
 @pytest.fixture(scope="module")

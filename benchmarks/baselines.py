@@ -15,6 +15,7 @@ the gradient of one step. Then training with the same number of answers, a run p
 """
 
 import dataclasses
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -26,18 +27,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_reinforce
-import train_rm
 from rlhf_min import toy
-from rlhf_min.batches import Batches
-from rlhf_min.errors import UserError, one_line_errors
-from rlhf_min.evaluation import format_table, judge_policy, mean_se
-from rlhf_min.inputs import load_inputs
-from rlhf_min.models import eos_token_ids, get_weights, set_weights
-from rlhf_min.options import option, parse_options
-from rlhf_min.precision import resolve_device
+from rlhf_min.evaluation import format_table, judge_weights, load_task, mean_se
 from rlhf_min.reinforce import MovingAverageBaseline, leave_one_out, policy_gradient_loss
-from rlhf_min.rollout import decode_completions, sample, token_logprobs
-from rlhf_min.runlog import RunLog
+from rlhf_min.reward_model import judge_answers
+from rlhf_min.rollout import sample, token_logprobs, uniform_numbers
+from rlhf_min.support.batches import Batches
+from rlhf_min.support.errors import UserError, one_line_errors
+from rlhf_min.support.models import get_weights, set_weights
+from rlhf_min.support.options import flag_of, option, parse_options
+from rlhf_min.support.precision import resolve_device
+from rlhf_min.support.runlog import RunLog
+from train_rm import prepare_world
+
+WAYS = {  # how to train: k, and the baseline
+    "moving average, k = 1": (1, "moving-average"),
+    "RLOO, k = 2": (2, "leave-one-out"),
+    "RLOO, k = 4": (4, "leave-one-out"),
+    "moving average, k = 4": (4, "moving-average"),
+}
 
 
 @dataclass
@@ -45,7 +53,6 @@ class BaselineOptions(train_reinforce.ReinforceOptions):
     """Compare baselines: the gradient's variance at a fixed policy, then training at equal numbers of answers."""
 
     script: ClassVar[str] = "benchmarks/baselines.py"
-    parallel: ClassVar[bool] = False
 
     sequences: int = option(64, "answers a batch", low=8)
     batches: int = option(200, "batches of the variance", low=2)
@@ -57,41 +64,42 @@ class BaselineOptions(train_reinforce.ReinforceOptions):
     def check(self):
         for name in ("sequences", "batch_size"):
             if getattr(self, name) % 4:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be a multiple of 4")
-        if self.baseline != "moving-average" or self.num_generations != 1:
-            raise UserError("--baseline, --num-generations: the comparison sets them itself; leave them out")
-        if self.resume:
-            raise UserError("--resume: a comparison is not resumed; begin it again")
-        if self.lora_r:
-            raise UserError("--lora-r: the baselines are compared on all weights; leave it out")
+                raise UserError(f"{flag_of(name)} {getattr(self, name)} must be a multiple of 4")
+        refuse(self, "baseline", "num_generations", "sigma", "resume", "lora_r")
         super().check()
 
 
-def sample_gradients(policy, tokenizer, reward_model, prompts, generator, options):
+def refuse(options, *names):
+    """UserError where one of these options is given, which a comparison sets itself."""
+    for name in names:
+        if getattr(options, name) != getattr(type(options)(), name):
+            raise UserError(f"{flag_of(name)}: the comparison sets it itself; leave it out")
+
+
+def sample_gradients(task, prompts, generator, options):
     """A batch of answers to N/k prompts: rewards (N,), and advantage (N,) → gradient (n,) of the step's loss."""
-    rollout = sample(policy, [prompt.tokens for prompt in prompts], options.max_length, options.temperature,
-                     eos_token_ids(policy, tokenizer), tokenizer.pad_token_id, generator)  # fmt: skip
-    texts = [prompt.text for prompt in prompts]
-    reward, _ = reward_model(texts, decode_completions(tokenizer, rollout), rollout.ended)
-    logprobs = token_logprobs(policy, rollout, options.temperature)
+    uniform = uniform_numbers(len(prompts), options.max_length, generator)  # (N, P+T)
+    rollout = sample(task.policy, [prompt.tokens for prompt in prompts], uniform, options.temperature)
+    scores, _ = judge_answers({"reward": task.judges["reward"]}, task.tokenizer, prompts, rollout)
+    logprobs = token_logprobs(task.policy, rollout, options.temperature)  # (N, T)
 
     def gradient(advantage):
         loss = policy_gradient_loss(logprobs, advantage, rollout.mask)
-        parts = torch.autograd.grad(loss, list(policy.parameters()), retain_graph=True)
-        return torch.cat([part.flatten() for part in parts])
+        parts = torch.autograd.grad(loss, list(task.policy.parameters()), retain_graph=True)
+        return torch.cat([part.flatten() for part in parts])  # (n,)
 
-    return reward, gradient
+    return scores["reward"], gradient
 
 
-def measure_gradients(policy, tokenizer, reward_model, prompts, options, log):
+def measure_gradients(task, options, log):
     """{baseline: gradients (batches, n)}, the reference gradient (n,), the decomposition of the reward's variance."""
     generator = torch.Generator().manual_seed(options.seed)
     gradients = {}
     add = lambda name, gradient: gradients.setdefault(name, []).append(gradient)
-    streams = {k: Batches(prompts, options.sequences // k, generator) for k in (1, 2, 4)}
+    streams = {k: Batches(task.prompts, options.sequences // k, generator) for k in (1, 2, 4)}
     mean, ema, within, group_means, rewards = MovingAverageBaseline(), None, [], [], []
-    for step in log.progress("gradients", options.past + options.batches):
-        reward, gradient = sample_gradients(policy, tokenizer, reward_model, next(streams[1]), generator, options)
+    for step in log.progress("gradients", options.past + options.batches, dict):
+        reward, gradient = sample_gradients(task, next(streams[1]), generator, options)
         if step > options.past:  # the gradient is linear in the advantage: two of them make five
             of_reward, of_one = gradient(reward), gradient(torch.ones_like(reward))
             n, batch_mean = len(reward), reward.mean()
@@ -105,7 +113,7 @@ def measure_gradients(policy, tokenizer, reward_model, prompts, options, log):
         ema = reward.mean().item() if ema is None else 0.9 * ema + 0.1 * reward.mean().item()
         for k in (2, 4) if step > options.past else ():
             batch = [prompt for prompt in next(streams[k]) for _ in range(k)]
-            reward, gradient = sample_gradients(policy, tokenizer, reward_model, batch, generator, options)
+            reward, gradient = sample_gradients(task, batch, generator, options)
             groups = reward.view(-1, k)
             add(f"RLOO, k = {k}", gradient(leave_one_out(groups).flatten()))
             if k == 4:
@@ -115,9 +123,9 @@ def measure_gradients(policy, tokenizer, reward_model, prompts, options, log):
     sigma_x2 = torch.cat(group_means).var().item() - sigma_y2 / 4
     spread = {"level": torch.cat(rewards).mean().item(), "between prompts": sigma_x2, "within prompts": sigma_y2}
 
-    reference = torch.zeros_like(gradients["none"][0])
-    for _ in log.progress("reference", options.reference_sequences // options.sequences):
-        reward, gradient = sample_gradients(policy, tokenizer, reward_model, next(streams[1]), generator, options)
+    reference = torch.zeros_like(gradients["none"][0])  # (n,)
+    for _ in log.progress("reference", options.reference_sequences // options.sequences, dict):
+        reward, gradient = sample_gradients(task, next(streams[1]), generator, options)
         reference += gradient(leave_one_out(reward[None])[0])
     return {name: torch.stack(rows) for name, rows in gradients.items()}, reference, spread
 
@@ -142,53 +150,50 @@ def variance_table(gradients, reference, spread):
     return table
 
 
-def train_at_equal_sequences(policy, tokenizer, judges, prompts, eval_prompts, options, log):
+def over_seeds(rows):
+    """One row from a row per seed: means, and standard errors over seeds."""
+    merged = {}
+    for key in rows[0]:
+        if not key.endswith("_se"):  # one row's own error, over pairs or prompts
+            merged[key], merged[f"{key}_se"] = mean_se([row[key] for row in rows])
+    return merged
+
+
+def train_at_equal_sequences(task, options, log):
     """A row per way to train: the mean reward of all steps, and what the policy is worth at the end, ± over seeds."""
-    ways = {"moving average, k = 1": (1, "moving-average"), "RLOO, k = 2": (2, "leave-one-out"),
-            "RLOO, k = 4": (4, "leave-one-out"), "moving average, k = 4": (4, "moving-average")}  # fmt: skip
-    sft, rows = get_weights(policy), []
-    for name, (k, baseline) in ways.items():
+    sft, rows = get_weights(task.policy), []
+    for name, (k, baseline) in WAYS.items():
         results = []
         for seed in range(1, options.seeds + 1):
             run_options = dataclasses.replace(options, num_generations=k, baseline=baseline, seed=seed)
-            set_weights(policy, sft)
-            done = len(log.metrics())
-            train_reinforce.train_policy(policy, tokenizer, judges["reward"], prompts, sft, run_options, log)
-            columns = judge_policy(policy, tokenizer, eval_prompts, judges, run_options, policy, sft)
-            result = {judge: mean_se(columns[judge])[0] for judge in [*judges, "kl"]}
-            steps = [row["reward"] for row in log.metrics()[done:]]
-            results.append({"reward over training": mean_se(steps)[0], **result})
-        row = {"way": name}
-        for key in results[0]:
-            row[key], row[f"{key}_se"] = mean_se([result[key] for result in results])
-        rows.append(row)
+            set_weights(task.policy, sft)
+            train_reinforce.train_policy(task, sft, run_options, log)
+            lines = (log.folder / "metrics.jsonl").read_text("ascii").splitlines()[-options.steps :]  # of this run
+            steps = [json.loads(line)["reward"] for line in lines]
+            row, _ = judge_weights(task, run_options, sft, get_weights(task.policy))
+            results.append({"reward over training": mean_se(steps)[0], **row})
+        rows.append({"way": name, **over_seeds(results)})
     return rows
 
 
 @one_line_errors
 def main(argv=None):
     options = parse_options(BaselineOptions, argv)
-    options.check()
     device = resolve_device(options)
     log = RunLog(options)
-    train_rm.prepare_inputs([options.prompts], [options.policy, options.reward_model])
+    prepare_world([options.prompts, options.policy, options.reward_model])
     options.judges = options.judges or toy.JUDGES  # for begun reviews, too, which are another file of the same world
-    policy, tokenizer, judges, prompts, eval_prompts = load_inputs(options, device)
+    task = load_task(options, device)
     with log.running():
-        gradients, reference, spread = measure_gradients(policy, tokenizer, judges["reward"], prompts, options, log)
+        gradients, reference, spread = measure_gradients(task, options, log)
         table = variance_table(gradients, reference, spread)
-        text = format_table(table)
-        text += "\n\nvariance of the reward: " + ", ".join(f"{name} {value:.3f}" for name, value in spread.items())
-        rows = (
-            train_at_equal_sequences(policy, tokenizer, judges, prompts, eval_prompts, options, log)
-            if options.seeds
-            else []
-        )
-        if rows:
-            text += "\n\n" + format_table(rows)
-        print("\n" + text + "\n")
+        text = f"{format_table(table)}\n\nvariance of the reward: "
+        text += ", ".join(f"{name} {value:.3f}" for name, value in spread.items())
+        training = train_at_equal_sequences(task, options, log) if options.seeds else []
+        text += f"\n\n{format_table(training)}" if training else ""
+        print(f"\n{text}\n")
         (log.folder / "table.md").write_text(text + "\n", encoding="utf-8")
-        log.finish(variance=table, spread=spread, training=rows)
+        log.finish(variance=table, spread=spread, training=training)
 
 
 if __name__ == "__main__":

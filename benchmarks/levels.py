@@ -9,7 +9,7 @@ models judge each other's policies in z-scores. The arms of level 2, each with s
     off          A = R − b
     advantage    A = (R − b) f(σ),  f = 1/(1+σ), the report's; biased
     constant     A = (R − b) mean f: no σ. Adam divides a constant factor out again, but for clipping and ε
-    penalty      r' = r − λσ before KL and baseline; unbiased, of another objective
+    penalty      r' = r − σ before KL and baseline; unbiased, of another objective
     folded       r' = r f(σ) before KL and baseline; likewise
     shrunk       r' = r mean f, what folding does to the reward's weight against β, without σ
 
@@ -22,24 +22,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_reinforce
 import train_rm
+from benchmarks.baselines import over_seeds, refuse
 from benchmarks.reward_models import load_rated_pairs, measure
 from rlhf_min import toy
-from rlhf_min.errors import UserError, one_line_errors
-from rlhf_min.evaluation import format_table, judge_policy, load_judges, match_kl, mean_se, win_rate, z_score
-from rlhf_min.inputs import load_inputs
-from rlhf_min.models import get_weights, load_policy, set_weights
-from rlhf_min.options import option, parse_options
-from rlhf_min.precision import resolve_device
+from rlhf_min.evaluation import format_table, judge_policy, load_task, match_kl, mean_se, win_rate, z_score
 from rlhf_min.reinforce import sigma_weight
-from rlhf_min.runlog import RunLog
+from rlhf_min.reward_model import load_judges
+from rlhf_min.rollout import load_policy
+from rlhf_min.support.errors import UserError, one_line_errors
+from rlhf_min.support.models import get_weights, set_weights
+from rlhf_min.support.options import option, parse_options
+from rlhf_min.support.precision import resolve_device
+from rlhf_min.support.runlog import RunLog
 
-HEADS = {
-    "scalar": [], "strict": ["--head", "ordinal"], "half": ["--head", "ordinal", "--ties", "half"],
-}  # fmt: skip
+HEADS = {"scalar": [], "strict": ["--head", "ordinal"], "half": ["--head", "ordinal", "--ties", "half"]}
 ARMS = ["off", "advantage", "constant", "penalty", "folded", "shrunk"]
 
 
@@ -48,7 +50,6 @@ class LevelOptions(train_reinforce.ReinforceOptions):
     """Train reward models of both levels and a policy for every arm, and compare them."""
 
     script: ClassVar[str] = "benchmarks/levels.py"
-    parallel: ClassVar[bool] = False
 
     seeds: int = option(4, "repetitions", low=1)
     save_every: int = option(0, "no checkpoints: a comparison is not resumed", low=0, high=0)
@@ -58,11 +59,8 @@ class LevelOptions(train_reinforce.ReinforceOptions):
     def check(self):
         if self.arms[:1] != ["off"] or set(self.arms) - set(ARMS):
             raise UserError(f"--arms are off, and then any of {', '.join(ARMS[1:])}")
-        default = type(self)()
-        for name in ("lora_r", "missing_eos_penalty", "policy", "prompts", "reward_model", "judges", "sigma", "seed",
-                     "baseline", "num_generations", "resume"):  # fmt: skip
-            if getattr(self, name) != getattr(default, name):
-                raise UserError(f"--{name.replace('_', '-')}: the comparison sets it itself; leave it out")
+        refuse(self, "policy", "prompts", "reward_model", "judges", "sigma", "seed", "baseline", "num_generations",
+               "lora_r", "resume")  # fmt: skip
         super().check()
 
 
@@ -72,12 +70,11 @@ def arm_settings(arm, judge, answers, options):
     The constant is the mean of f(σ) over π_sft's `answers`: prompts, completions, ended.
     """
     f = sigma_weight(judge(*answers)[1]).mean().item()
-    scaled, folded = reweighted(judge, lambda _: f), reweighted(judge, sigma_weight)
-    return {
-        "off": (judge, "off", options.beta), "advantage": (judge, "advantage", options.beta),
-        "constant": (scaled, "off", f * options.beta), "penalty": (judge, "penalty", options.beta),
-        "folded": (folded, "off", options.beta), "shrunk": (scaled, "off", options.beta),
-    }[arm]  # fmt: skip
+    if arm in ("constant", "shrunk"):
+        return reweighted(judge, lambda sigma: f), "off", options.beta * (f if arm == "constant" else 1)
+    if arm == "folded":
+        return reweighted(judge, sigma_weight), "off", options.beta
+    return judge, arm, options.beta  # off, advantage, penalty
 
 
 def reweighted(judge, weight):
@@ -90,19 +87,18 @@ def reweighted(judge, weight):
     return reweighted_judge
 
 
-def compare_arms(seed, models, judges, prompts, eval_prompts, options, log):
+def compare_arms(seed, task, reference, options, log):
     """Train and judge every arm at one seed: {(arm, at): row}, `at` the end of training or matched KL."""
-    policy, reference, tokenizer = models
+    policy, tokenizer, judges, _, eval_prompts = task
     sft, options = get_weights(reference), dataclasses.replace(options, seed=seed)
-    judges = {**{head: judges[f"{head}{seed}"] for head in HEADS}, "gold": judges["gold"], "fluency": judges["fluency"]}
     before = judge_policy(reference, tokenizer, eval_prompts, judges, options)
-    answers = before["prompt"], before["completion"], before["ended"]
+    answers = before["prompt"], before["completion"], torch.tensor(before["ended"])
     rows, level_1, off = {}, {}, {}
     for head, arm in [("scalar", "off"), *((head, arm) for head in ("strict", "half") for arm in options.arms)]:
         set_weights(policy, sft)
         reward_model, sigma, beta = arm_settings(arm, judges[head], answers, options)
         arm_options = dataclasses.replace(options, sigma=sigma, beta=beta)
-        train_reinforce.train_policy(policy, tokenizer, reward_model, prompts, sft, arm_options, log)
+        train_reinforce.train_policy(task._replace(judges={"reward": reward_model}), sft, arm_options, log)
         for at, eta in (("end", 1.0), ("matched", None)):
             eta = eta or match_kl(policy, tokenizer, eval_prompts, options, reference, options.match_kl)
             columns = judge_policy(policy, tokenizer, eval_prompts, judges, options, reference)
@@ -119,45 +115,33 @@ def compare_arms(seed, models, judges, prompts, eval_prompts, options, log):
     return rows
 
 
-def over_seeds(rows):
-    """One row from a row per seed: means, and standard errors over seeds."""
-    merged = {}
-    for key in rows[0]:
-        if not key.endswith("_se"):  # one row's own error, over pairs
-            merged[key], merged[f"{key}_se"] = mean_se([row[key] for row in rows])
-    return merged
-
-
 @one_line_errors
 def main(argv=None):
     options = parse_options(LevelOptions, argv)
-    options.check()
     device = resolve_device(options)
     log = RunLog(options)
-    train_rm.prepare_inputs([options.prompts, toy.EVAL_PAIRS], [options.policy, options.reward_model])
-    policy, tokenizer, _, prompts, eval_prompts = load_inputs(options, device)
+    train_rm.prepare_world([options.prompts, toy.EVAL_PAIRS, options.policy, options.reward_model])
+    task = load_task(options, device)
     reference, _ = load_policy(options.policy, device, options.max_length)
     pairs, ratings = load_rated_pairs(toy.EVAL_PAIRS)
     with log.running():
         machine = ["--device", options.device, "--precision", options.precision]
         quality, results = {head: [] for head in HEADS}, {}
         for seed in range(1, options.seeds + 1):
+            folders = {head: f"{log.folder}/{head}{seed}" for head in HEADS}
             for head, flags in HEADS.items():
-                folder = str(log.folder / f"{head}{seed}")
-                train_rm.main([*flags, *machine, "--seed", str(seed), "--out", folder])
-            judges = load_judges([f"{log.folder}/{head}{seed}" for head in HEADS] + toy.JUDGES, device)
+                train_rm.main([*flags, *machine, "--seed", str(seed), "--out", folders[head]])
+            judges = load_judges([f"{head}={folder}" for head, folder in folders.items()] + toy.JUDGES, device)
             for head in HEADS:
-                quality[head].append(measure(judges[f"{head}{seed}"], pairs, ratings))
-            rows = compare_arms(seed, (policy, reference, tokenizer), judges, prompts, eval_prompts, options, log)
+                quality[head].append(measure(judges[head], pairs, ratings))
+            rows = compare_arms(seed, task._replace(judges=judges), reference, options, log)
             for key, row in rows.items():
                 results.setdefault(key, []).append(row)
 
         tables = {"reward models": [{"head": head, **over_seeds(rows)} for head, rows in quality.items()]}
         for at in ("end", "matched"):
             tables[at] = [{"arm": arm, **over_seeds(rows)} for (arm, when), rows in results.items() if when == at]
-        text = ""
-        for title, rows in tables.items():
-            text += f"{title}\n\n{format_table(rows)}\n\n"
+        text = "".join(f"{title}\n\n{format_table(rows)}\n\n" for title, rows in tables.items())
         print("\n" + text)
         (log.folder / "table.md").write_text(text, encoding="utf-8")
         log.finish(**tables, by_seed={f"{arm}, {at}": rows for (arm, at), rows in results.items()})

@@ -15,16 +15,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train_rm
 from rlhf_min import toy
-from rlhf_min.data import load_pairs, read_rows
-from rlhf_min.errors import UserError, one_line_errors
+from rlhf_min.data import encode_pairs, load_pairs, read_rows
 from rlhf_min.evaluation import format_table
 from rlhf_min.losses import preference_logprob
-from rlhf_min.options import RunOptions, option, parse_options
-from rlhf_min.precision import resolve_device
-from rlhf_min.reward_model import RewardModel, load_judge, reward_and_sigma
-from rlhf_min.runlog import RunLog
+from rlhf_min.reward_model import load_judge, reward_and_sigma
+from rlhf_min.support.errors import UserError, one_line_errors
+from rlhf_min.support.options import RunOptions, option, parse_options
+from rlhf_min.support.precision import resolve_device
+from rlhf_min.support.runlog import RunLog
+from train_rm import prepare_world
 
 
 @dataclass
@@ -68,8 +68,8 @@ def calibration_error(p, bins=10):
 
 def measure(judge, pairs, ratings, max_length=512):
     """One row of figures for a RewardModel on pairs; `ratings` belong to them, or are None."""
-    encode = lambda pairs: train_rm.encode_pairs(pairs, judge.tokenizer, min(max_length, judge.max_length))[0]
-    rows = encode(pairs)
+    encoded = [encode_pairs([pair], judge.tokenizer, min(max_length, judge.max_length))[0] for pair in pairs]
+    rows = [row for found in encoded for row in found]  # a pair that is too long has none
     if not rows:
         raise UserError(f"no pair fits into --max-length {max_length}; raise it")
     logits_w, logits_l = (judge.logits([row[i] for row in rows]) for i in (0, 1))  # (N, K) each
@@ -87,7 +87,7 @@ def measure(judge, pairs, ratings, max_length=512):
         row["tie_mass"] = (logits_w.softmax(-1) * logits_l.softmax(-1)).sum(-1).mean().item()
         row["sigma"] = torch.cat([sigma_w, sigma_l]).mean().item()
     if ratings is not None:
-        kept = [rating for pair, rating in zip(pairs, ratings) if encode([pair])]
+        kept = [rating for found, rating in zip(encoded, ratings) if found]
         rating = torch.tensor(kept).double()  # (N, 2)
         truth, reward = rating.T.flatten(), torch.cat([reward_w, reward_l]).double()  # (2N,)
         row["spearman"] = spearman(reward, truth)
@@ -101,14 +101,13 @@ def measure(judge, pairs, ratings, max_length=512):
 @one_line_errors
 def main(argv=None):
     options = parse_options(QualityOptions, argv)
-    options.check()
     device = resolve_device(options)
     log = RunLog(options)
-    train_rm.prepare_inputs([options.data], options.reward_models)
+    prepare_world([options.data, *options.reward_models])
     pairs, ratings = load_rated_pairs(options.data)
     judges = {name: load_judge(name, device) for name in options.reward_models}
     for name, judge in judges.items():
-        if not isinstance(judge, RewardModel):
+        if judge.is_function:
             raise UserError(f"--reward-models {name}: a function has no probabilities; name a trained model")
     rows = [{"reward_model": name, **measure(judge, pairs, ratings, options.max_length)}
             for name, judge in judges.items()]  # fmt: skip

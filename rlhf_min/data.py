@@ -1,19 +1,22 @@
-"""Preference pairs, prompts and texts, from JSON Lines (plain or .gz) or a hub data set.
+"""Preference pairs, prompts and texts, from JSON Lines (plain or .gz) or a hub data set, and as token ids.
 
 Formats are TRL's. A preference row is `prompt`/`chosen`/`rejected`, each a string or a list of messages
-`{"role", "content"}`; without `prompt`, chosen and rejected are whole texts or conversations. A labelled row is
+`{"role", "content"}`. Without `prompt`, chosen and rejected are whole texts or conversations. A labelled row is
 `text`/`label` (1 good, 0 bad). A prompt row is `prompt`, or `text`, of which the first tokens are the prompt.
 """
 
 import gzip
+import hashlib
 import json
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import UserError, first_line
-from .files import whole
-from .sources import check_source
+import huggingface_hub
+
+from .support.errors import UserError, first_line
+from .support.files import whole
 
 
 class Pair(NamedTuple):
@@ -33,40 +36,20 @@ class Prompt(NamedTuple):
     text: str | list
 
 
-def read_rows(source):
-    """Yield (where, row) for every line of a .jsonl or .jsonl.gz file, or of a hub data set `owner/name[:split]`.
+# Rows
 
-    Lines end at the byte 0x0A alone: str.splitlines would also cut at U+0085 and U+2028, which reviews contain.
-    """
-    check_source(source)
+
+def read_rows(source):
+    """Yield (where, row) for every line of a .jsonl or .jsonl.gz file, or of a hub data set `owner/name[:split]`."""
     if not Path(source).is_file():
         yield from _hub_rows(source)
         return
-    for where, line in _read_lines(source):
-        try:
-            row = json.loads(line, object_pairs_hook=_unambiguous)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({str(error)[:80]}); one object a line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: {type(row).__name__} where an object {{...}} belongs")
-        yield where, row
-
-
-def _unambiguous(pairs):
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError("a key twice")
-    return row
-
-
-def _read_lines(source):
-    """Yield (where, line) of the lines that are not blank, as bytes, which split at b"\\n" only."""
     empty = True
     try:
         with gzip.open(source, "rb") if source.endswith(".gz") else open(source, "rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(file, 1):  # as bytes: str.splitlines would cut at U+0085 and U+2028, too
                 if line.strip():
-                    yield f"{source}, line {number}", line
+                    yield f"{source}, line {number}", _row_of(line, f"{source}, line {number}")
                     empty = False
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{source} cannot be read: {error}; is it a whole file?") from None
@@ -74,14 +57,31 @@ def _read_lines(source):
         raise UserError(f"{source}: the file is empty; it needs at least one line")
 
 
-def _hub_rows(source):
-    import datasets
-
-    name, _, split = source.partition(":")
+def _row_of(line, where):
     try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({str(error)[:80]}); one object a line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: {type(row).__name__} where an object {{...}} belongs")
+    return row
+
+
+def _hub_rows(source):
+    name, _, split = source.partition(":")
+    is_file = Path(source).exists() or Path(source).suffix in (".jsonl", ".gz", ".txt")
+    if is_file or name.count("/") != 1 or source.startswith(("/", ".", "runs/")):
+        raise UserError(f"{source}: no such file; give a .jsonl or .jsonl.gz file or a hub data set owner/name")
+    try:
+        import datasets
+
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            huggingface_hub.HfApi().dataset_info(name, timeout=5)  # load_dataset would retry for half a minute
         rows = datasets.load_dataset(name, split=split or "train")
+    except ImportError:
+        raise UserError(f"{source} is no file, and hub data sets need: pip install 'rlhf_min[data]'") from None
     except Exception as error:  # the library raises a dozen kinds; all mean that the name or the split is wrong
-        raise UserError(f"{name}: {first_line(error)}") from None
+        raise UserError(f"{source}: no such file, and the hub says: {first_line(error)}") from None
     for number, row in enumerate(rows, 1):
         yield f"{source}, row {number}", row
 
@@ -96,66 +96,66 @@ def _text(row, key, where):
     value = row.get(key)
     if not isinstance(value, str):
         found = "missing" if key not in row else type(value).__name__
-        raise UserError(f"{where}: field '{key}' must be text, but is {found}")
+        raise UserError(f"{where}: field '{key}' must be text, but is {found}; found {', '.join(row)}")
     if not value.strip():
         raise UserError(f"{where}: field '{key}' is empty")
-    _check_unicode(value, where)
+    if any("\ud800" <= letter <= "\udfff" for letter in value):  # JSON can spell it, no tokenizer takes it
+        raise UserError(f"{where}: field '{key}' has half of a surrogate pair (\\ud800 to \\udfff); remove it")
     return value
-
-
-def _check_unicode(value, where):
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no tokenizer takes
-        raise UserError(f"{where}: the text has half of a surrogate pair (\\ud800 to \\udfff); remove it") from None
 
 
 def _is_conversation(value):
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
 
 
-def _check_messages(messages, key, where):
+def _is_whole(row):
+    """Whether chosen and rejected are whole conversations; a `prompt` of text repeats their beginning."""
+    chosen = row.get("chosen")
+    return _is_conversation(chosen) and not isinstance(row.get("prompt"), list) and chosen[0]["role"] != "assistant"
+
+
+def _messages(messages, key, where):
+    if not _is_conversation(messages):
+        raise UserError(f"{where}: '{key}' must be text or a list of messages, like the others")
     for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(f"{where}: every message of '{key}' needs a 'role' and a 'content', both text")
-        _check_unicode(message["role"] + message["content"], where)
+        for part in ("role", "content"):
+            _text(message if isinstance(message, dict) else {}, part, f"{where}, a message of '{key}'")
+    return messages
 
 
 def _answer(messages, key, where):
     """The text of the one assistant message that an answer consists of."""
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise UserError(f"{where}: '{key}' must end in exactly one assistant message after the prompt")
-    return _text(messages[0], "content", f"{where}, '{key}'")
+    return messages[0]["content"]
 
 
-def _is_whole(row):
-    """Whether chosen and rejected are whole conversations; a `prompt` that is no list only repeats their beginning."""
-    chosen = row.get("chosen")
-    return _is_conversation(chosen) and not isinstance(row.get("prompt"), list) and chosen[0]["role"] != "assistant"
+def _prompt(prompt, where):
+    if isinstance(prompt, list) and _messages(prompt, "prompt", where)[-1]["role"] == "assistant":
+        raise UserError(f"{where}: the last message of 'prompt' is the assistant's; it must be the user's")
+    return prompt if isinstance(prompt, list) else _text({"prompt": prompt}, "prompt", where)
 
 
 def pair_of_row(where, row):
     """The Pair of a row of read_rows that is no labelled text."""
     for key in ("chosen", "rejected"):
         if key not in row:
-            raise UserError(f"{where}: no field '{key}'; a pair needs 'chosen' and 'rejected', or 'text' and 'label'")
+            need = "a pair needs 'chosen' and 'rejected', or 'text' and 'label'"
+            raise UserError(f"{where}: no field '{key}'; {need}; found {', '.join(row)}")
     prompt, chosen, rejected, margin = row.get("prompt", ""), row["chosen"], row["rejected"], row.get("margin")
-    if margin is not None and (isinstance(margin, bool | str | list | dict) or not abs(margin) < 1e38):
+    if margin is not None and not (isinstance(margin, int | float) and abs(margin) < 1e38):
         raise UserError(f"{where}: 'margin' must be a finite number, but is {margin!r}")
     if not _is_conversation(chosen):
-        prompt = _text(row, "prompt", where) if prompt != "" else ""
+        prompt = _prompt(prompt, where) if prompt != "" else ""
         return Pair(prompt, _text(row, "chosen", where), _text(row, "rejected", where), margin=margin)
-    if not _is_conversation(rejected):
-        raise UserError(f"{where}: 'chosen' is a list of messages, so 'rejected' must be one, too")
-    _check_messages(chosen, "chosen", where)
-    _check_messages(rejected, "rejected", where)
+    chosen, rejected = _messages(chosen, "chosen", where), _messages(rejected, "rejected", where)
     if _is_whole(row):  # the prompt is the shared beginning of both conversations
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    prompt = _prompt({"prompt": prompt}, where)
-    return Pair(prompt, _answer(chosen, "chosen", where), _answer(rejected, "rejected", where), margin=margin)
+    answers = _answer(chosen, "chosen", where), _answer(rejected, "rejected", where)
+    return Pair(_prompt(prompt, where), *answers, margin=margin)
 
 
 def load_pairs(source, margin=False):
@@ -168,10 +168,9 @@ def load_pairs(source, margin=False):
         if margin and ("chosen" not in row or row.get("margin") is None):
             raise UserError(f"{where}: a pair with a field 'margin' is needed; add the field or leave out --margin")
         if "label" in row and "chosen" not in row:
-            label = row["label"]
-            if label not in (0, 1):
-                raise UserError(f"{where}: 'label' must be 0 (bad) or 1 (good), but is {label!r}")
-            (good if label else bad).append(_text(row, "text", where))
+            if row["label"] not in (0, 1):
+                raise UserError(f"{where}: 'label' must be 0 (bad) or 1 (good), but is {row['label']!r}")
+            (good if row["label"] else bad).append(_text(row, "text", where))
         else:
             pairs.append(pair_of_row(where, row))
     pairs += [Pair("", chosen, rejected, may_be_cut=True) for chosen, rejected in zip(good, bad)]
@@ -180,87 +179,65 @@ def load_pairs(source, margin=False):
     return pairs, abs(len(good) - len(bad))
 
 
-def _prompt(row, where):
-    prompt = row["prompt"]
-    if not isinstance(prompt, list):
-        return _text(row, "prompt", where)
-    if not _is_conversation(prompt):
-        raise UserError(f"{where}: 'prompt' must be text or a list of messages")
-    _check_messages(prompt, "prompt", where)
-    if prompt[-1]["role"] == "assistant":
-        raise UserError(f"{where}: the last message of 'prompt' is the assistant's; it must be the user's")
-    return prompt
-
-
 def read_texts(source):
-    """Yield texts: the field `text` of .jsonl rows, or the lines of a .txt file."""
-    if not source.endswith(".txt"):
-        for where, row in read_rows(source):
-            yield _text(row, "text", where)
-        return
-    check_source(source)
-    empty = True
-    for where, line in _read_lines(source):
-        try:
-            text = line.decode("utf-8").removeprefix("\ufeff").strip()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 ({error.reason}); convert the file") from None
-        if text:  # more is blank in Unicode than in bytes
-            yield text
-            empty = False
-    if empty:
-        raise UserError(f"{source}: the file is empty; it needs at least one line")
+    """Yield the field `text` of every row."""
+    for where, row in read_rows(source):
+        yield _text(row, "text", where)
 
 
-def read_prompts(source, max_characters=0):
-    """Yield (where, prompt, is_text): a row's prompt, whole, or the `text` whose first tokens are to be the prompt.
+def load_prompts(source, tokenizer, options):
+    """Prompts of a file, each once: a row's `prompt`, or the first `options.prompt_tokens` tokens of its `text`.
 
-    In a row of whole conversations, `chosen` without its last message is the prompt. One that is longer than
-    `max_characters` is left out, if that is not 0.
+    In a row of whole conversations, `chosen` without its last message is the prompt. A `text` that is too short is left
+    out, and so is a `prompt` of more than `options.max_prompt_characters`, if that is not 0. Every prompt must leave
+    room for at least one token of `options.max_length`.
     """
+    prompts = {}
     for where, row in read_rows(source):
         if "prompt" not in row and not _is_whole(row):
-            yield where, _text(row, "text", where), True
-            continue
-        prompt = pair_of_row(where, row).prompt if _is_whole(row) else _prompt(row, where)
-        length = len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
-        if not max_characters or length <= max_characters:
-            yield where, prompt, False
-
-
-def load_prompts(source, tokenizer, prompt_tokens, max_length, max_characters=0):
-    """Prompts of a file, each once: as read_prompts has them, or the first `prompt_tokens` tokens of a `text`.
-
-    A `text` shorter than that is left out. A prompt must leave room for at least one token of `max_length`. Without a
-    tokenizer every row is kept whole and has no tokens.
-    """
-    rows = (prompt_of_row(*row, tokenizer, prompt_tokens, max_length) for row in read_prompts(source, max_characters))
-    prompts = {}
-    for prompt in filter(None, rows):
-        prompts.setdefault(json.dumps(prompt.text), prompt)
+            prompt = _prompt_of_text(tokenizer, _text(row, "text", where), options.prompt_tokens)
+        else:
+            text = pair_of_row(where, row).prompt if _is_whole(row) else _prompt(row["prompt"], where)
+            length = len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
+            fits = not options.max_prompt_characters or length <= options.max_prompt_characters
+            prompt = Prompt(encode_prompt(tokenizer, text), text) if fits else None
+        if prompt and not 0 < len(prompt.tokens) < options.max_length:
+            raise UserError(f"{where}: a prompt of {len(prompt.tokens)} tokens; raise --max-length")
+        if prompt:
+            prompts.setdefault(json.dumps(prompt.text), prompt)
     if not prompts:
-        remedy = f", or raise --max-prompt-characters {max_characters}" if max_characters else ""
-        raise UserError(f"{source}: no prompt has a length that is asked for; lower --prompt-tokens{remedy}")
+        raise UserError(f"{source}: no prompt is left; lower --prompt-tokens, or raise --max-prompt-characters")
     return list(prompts.values())
 
 
-def prompt_of_row(where, text, is_text, tokenizer, prompt_tokens, max_length):
-    """The Prompt of a row of read_prompts, None for a `text` that is too short."""
-    if tokenizer is None:
-        return Prompt([], text)
-    if is_text:
-        # cut for speed: tokens average far fewer than 32 characters; a BOS, where there is one, counts as a token
-        tokens = tokenizer(text[: 32 * prompt_tokens])["input_ids"][:prompt_tokens]
-        if len(tokens) < prompt_tokens:
-            return None
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-    else:
-        tokens = encode_prompt(tokenizer, text)
-        if len(tokens) >= max_length:
-            raise UserError(f"{where}: the prompt has {len(tokens)} tokens, --max-length is {max_length}; raise it")
-    if not tokens:
-        raise UserError(f"{where}: the prompt has no tokens")
-    return Prompt(tokens, text)
+def _prompt_of_text(tokenizer, text, count):
+    # cut for speed: tokens average far fewer than 32 characters; a BOS, where there is one, counts as a token
+    tokens = tokenizer(text[: 32 * count])["input_ids"][:count]
+    return Prompt(tokens, tokenizer.decode(tokens, skip_special_tokens=True)) if len(tokens) == count else None
+
+
+def without(prompts, others):
+    """The prompts whose text is not among the others'."""
+    seen = {json.dumps(other.text) for other in others}
+    return [prompt for prompt in prompts if json.dumps(prompt.text) not in seen]
+
+
+def hold_out(prompts, count, which):
+    """`count` of the prompts, whatever the seed: those whose text has the smallest hash. UserError for too few."""
+    if len(prompts) < count:
+        raise UserError(f"only {len(prompts)} distinct prompts {which}; {count} are needed")
+    return sorted(prompts, key=lambda prompt: hashlib.sha256(json.dumps(prompt.text).encode()).digest())[:count]
+
+
+def split_prompts(prompts, eval_prompts, count):
+    """(training, held-out) prompts, none in both: `count` of `eval_prompts` if there are any, else of `prompts`."""
+    if eval_prompts:
+        return prompts, hold_out(without(eval_prompts, prompts), count, "of --eval-prompts are not in --prompts")
+    held_out = hold_out(prompts, count + 1, "to hold some out and train on another; lower --num-eval-prompts")[:count]
+    return without(prompts, held_out), held_out
+
+
+# Token ids
 
 
 def encode_prompt(tokenizer, prompt):
@@ -271,27 +248,21 @@ def encode_prompt(tokenizer, prompt):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def with_answer(prompt, answer):
-    """The conversation that a judge reads."""
-    return [*prompt, {"role": "assistant", "content": answer}]
-
-
 def apply_chat_template(tokenizer, messages, **kwargs):
     """The conversation as one string; UserError where the tokenizer has no template or the template refuses."""
+    name = tokenizer.name_or_path
     if tokenizer.chat_template is None:
-        raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template for messages; use data of plain text"
-        )
+        raise UserError(f"{name}: its tokenizer has no chat template for messages; use data of plain text")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except Exception as error:  # templates are programs: they raise what they like
-        raise UserError(f"{tokenizer.name_or_path}: its chat template refuses a conversation: {error}") from None
+        raise UserError(f"{name}: its chat template refuses a conversation: {first_line(error)}") from None
 
 
 def encode_answer(tokenizer, prompt, completion, ended=True, max_length=None, keep="end"):
     """Token ids of prompt and answer as the judge reads them; the one place for training and scoring alike.
 
-    Text is concatenated, and EOS appended where it is missing and the answer has ended; messages go through the judge's
+    Text is concatenated, and EOS appended where it is missing and the answer has ended. Messages go through the judge's
     own chat template. Longer than `max_length` loses tokens of its beginning, so that the answer stays (`keep="end"`),
     or of its end (`keep="start"`), and then has not ended.
     """
@@ -299,7 +270,7 @@ def encode_answer(tokenizer, prompt, completion, ended=True, max_length=None, ke
     if plain:
         text = prompt + completion
     elif ended:
-        text = apply_chat_template(tokenizer, with_answer(prompt, completion))
+        text = apply_chat_template(tokenizer, [*prompt, {"role": "assistant", "content": completion}])
     else:
         text = apply_chat_template(tokenizer, prompt, add_generation_prompt=True) + completion
     ids = tokenizer(text, add_special_tokens=plain)["input_ids"]
@@ -315,19 +286,19 @@ def encode_answer(tokenizer, prompt, completion, ended=True, max_length=None, ke
     return first + (inner[-room:] if keep == "end" else inner[:room]) + last
 
 
-def without(prompts, others):
-    """The prompts whose text is not among the others'."""
-    seen = {json.dumps(other.text) for other in others}
-    return [prompt for prompt in prompts if json.dumps(prompt.text) not in seen]
-
-
-def hold_out_of(prompts, eval_prompts, count):
-    """The prompts of which `count` may be held out: those of `eval_prompts` that are not in `prompts`, too, or if there
-    are none, `prompts`, of which one must stay for training."""
-    candidates = without(eval_prompts, prompts) if eval_prompts else prompts
-    if len(candidates) < count + (not eval_prompts):
-        few = "of --eval-prompts are not in --prompts" if eval_prompts else "distinct prompts"
-        raise UserError(
-            f"{len(candidates)} {few}: too few to hold out {count}; lower --num-eval-prompts, 3 at least, or give more"
+def encode_pairs(pairs, tokenizer, max_length):
+    """[(chosen ids, rejected ids, margin)] and a Counter of the pairs that were dropped, by reason."""
+    rows, dropped = [], Counter()
+    for pair in pairs:
+        limit = max_length if pair.may_be_cut else None
+        chosen, rejected = (
+            encode_answer(tokenizer, pair.prompt, answer, max_length=limit, keep="start")
+            for answer in (pair.chosen, pair.rejected)
         )
-    return candidates
+        if chosen == rejected:
+            dropped["identical"] += 1
+        elif max(len(chosen), len(rejected)) > max_length:
+            dropped[f"longer than {max_length} tokens"] += 1
+        else:
+            rows.append((chosen, rejected, pair.margin))
+    return rows, dropped

@@ -2,58 +2,132 @@
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from .errors import UserError
-from .lora import lora_disabled
-from .models import eos_token_ids, get_weights, set_weights
-from .parallel import in_turn
-from .precision import autocast
+from . import toy
+from .data import load_prompts, split_prompts
+from .lora import add_lora, lora_disabled
 from .reinforce import prefix_kl
-from .reward_model import load_judge
-from .rollout import completion_logits, decode_completions, sample
-from .sources import named_judges
+from .reward_model import judge_answers, load_judges
+from .rollout import completion_logits, load_policy, sample, uniform_numbers
+from .support.errors import UserError
+from .support.models import get_weights, set_weights
+from .support.options import TrainingOptions, option
+from .support.precision import autocast
 from .warp import interpolate
 
+ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a front
 
-def load_judges(specs, device):
-    """{name: judge}, named as sources.named_judges says."""
-    return {name: load_judge(spec, device) for name, spec in named_judges(specs).items()}
+
+@dataclass
+class TaskOptions(TrainingOptions):
+    """What names a Task: the policy, its judges, its prompts, and how it is trained."""
+
+    policy: str = option(toy.POLICY, "π_sft: a run folder, a transformers folder, an adapter or a hub name")
+    reward_model: str = option(toy.REWARD_MODEL, "r: a reward model of either head, or package.module.function")
+    judges: list = option([], "name=spec of other judges: watched, not trained on (the embedded world has its own)")
+    prompts: str = option(toy.PROMPTS, "x: lines with 'prompt', or with 'text', whose first tokens are the prompt")
+    prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
+    max_prompt_characters: int = option(0, "leave out longer prompts; 0 keeps all", low=0)
+    eval_prompts: str = option("", "prompts of the evaluation (default: some of --prompts are held out)")
+    num_eval_prompts: int = option(256, "how many prompts to evaluate on", low=2)
+    temperature: float = option(0.7, "of sampling and scoring: it belongs to the policy", low=0.01)
+    max_length: int = option(64, "tokens of prompt and answer", low=2)
+    batch_size: int = option(64, "answers of a step", low=1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 never clips", low=0)
+    lora_r: int = option(0, "rank r of LoRA's adapters; 0 trains all weights", low=0)
+    lora_alpha: float = option(32.0, "α: the update is scaled by α/r", low=1e-6)
+    lora_target_modules: list = option([], "last names of the modules with an adapter (default: queries and values)")
+
+
+class Task(NamedTuple):
+    """What a policy is trained on: itself, its judges, the first of which is named `reward`, and prompts."""
+
+    policy: nn.Module
+    tokenizer: object
+    judges: dict
+    prompts: list
+    eval_prompts: list  # held out
+
+    @property
+    def cheap_judges(self):
+        """The reward, and the judges that are functions: so cheap that every step of a training can have them."""
+        return {name: judge for name, judge in self.judges.items() if name == "reward" or judge.is_function}
+
+
+def load_task(options, device):
+    """The Task that the options of a script name; with --lora-r, the policy has its adapters."""
+    policy, tokenizer = load_policy(options.policy, device, options.max_length)
+    judges = options.judges or (toy.JUDGES if options.prompts == toy.PROMPTS else [])
+    judges = load_judges([f"reward={options.reward_model}", *judges], device)
+    prompts, eval_prompts = prompts_of(options, tokenizer)
+    torch.manual_seed(options.seed)
+    if options.lora_r:
+        add_lora(policy, options.lora_r, options.lora_alpha, target_modules=options.lora_target_modules)
+    return Task(policy, tokenizer, judges, prompts, eval_prompts)
+
+
+def prompts_of(options, tokenizer):
+    """(training, held-out) prompts of a run."""
+    files = [options.prompts, options.eval_prompts]
+    prompts, eval_prompts = (load_prompts(file, tokenizer, options) if file else [] for file in files)
+    return split_prompts(prompts, eval_prompts, options.num_eval_prompts)
 
 
 @torch.no_grad()
 def judge_policy(policy, tokenizer, prompts, judges, options, reference=None, reference_weights=None):
     """One answer to every prompt: {column: list of one value per prompt}.
 
-    Columns are `prompt`, `completion`, `length` (tokens), `ended` (0 or 1), the name of every judge, and `kl`: the
-    low-variance estimate of KL(policy ‖ reference) per answer in nats, where the reference is a model without its
-    adapters, at other weights if given. `options` has temperature, max_length, batch_size, precision and seed. The same
-    seed means the same random numbers for every policy, from a generator of its own: evaluation leaves the training's
-    random state alone.
+    Columns are `prompt`, `completion`, `length` (tokens), `ended` (0 or 1), the name of every judge, and `kl`, which
+    estimates KL(policy ‖ reference) per answer, in nats, and is empty without a reference. The reference's adapters are
+    off, and `reference_weights` replace its weights. `options` has temperature, max_length, batch_size, precision and
+    seed. The same seed means the same random numbers for every policy, from a generator of its own: evaluation leaves
+    the training's random state alone.
     """
     generator = torch.Generator().manual_seed(options.seed)
-    eos, columns = eos_token_ids(policy, tokenizer), {"prompt": [], "completion": [], "length": [], "ended": []}
-    columns |= {name: [] for name in [*judges, "kl"]}
+    columns = {name: [] for name in ["prompt", "completion", "length", "ended", *judges, "kl"]}
     for start in range(0, len(prompts), options.batch_size):
         batch = prompts[start : start + options.batch_size]
+        uniform = uniform_numbers(len(batch), options.max_length, generator)  # (B, P+T)
         with autocast(policy.device, options.precision):
-            rollout = sample(policy, [prompt.tokens for prompt in batch], options.max_length, options.temperature, eos,
-                             tokenizer.pad_token_id, generator)  # fmt: skip
+            rollout = sample(policy, [prompt.tokens for prompt in batch], uniform, options.temperature)
         if reference is not None:  # in float32: bfloat16 rounds away the very difference that KL measures
             logits = completion_logits(policy, rollout, options.temperature)  # (B, T, V)
             with lora_disabled(reference):
-                ref_logits = completion_logits(reference, rollout, options.temperature, reference_weights)
+                ref_logits = completion_logits(reference, rollout, options.temperature, reference_weights)  # (B, T, V)
             columns["kl"] += prefix_kl(logits, ref_logits, rollout.mask).tolist()
-        texts, completions = [prompt.text for prompt in batch], decode_completions(tokenizer, rollout)
-        for name, judge in judges.items():
-            columns[name] += judge(texts, completions, rollout.ended)[0].tolist()
-        columns["prompt"] += texts
+        scores, completions = judge_answers(judges, tokenizer, batch, rollout)
+        for name in judges:
+            columns[name] += scores[name].tolist()
+        columns["prompt"] += [prompt.text for prompt in batch]
         columns["completion"] += completions
         columns["length"] += rollout.mask.sum(-1).tolist()
         columns["ended"] += rollout.ended.int().tolist()
     return columns
+
+
+def judge_weights(task, options, sft, weights):
+    """(table row, columns) of the task's policy at `weights`, with its KL to the weights `sft`.
+
+    The policy, which must have no adapters, is a place to put the weights in.
+    """
+    set_weights(task.policy, weights)
+    columns = judge_policy(task.policy, task.tokenizer, task.eval_prompts, task.judges, options, task.policy, sft)
+    return summarise(columns, task.judges), columns
+
+
+def sweep_front(task, options, sft, merged, etas=ETAS):
+    """The KL–reward front of WARP: a row for each η of θ = (1−η) θ_sft + η θ_slerp, and the answers.
+
+    All rows share prompts and random numbers, so η = 0 is θ_sft itself, at a KL of exactly 0.
+    """
+    points = [judge_weights(task, options, sft, interpolate(sft, merged, eta)) for eta in etas]
+    return [{"eta": eta, **row} for eta, (row, _) in zip(etas, points)], [columns for _, columns in points]
 
 
 def mean_se(values):
@@ -80,27 +154,12 @@ def summarise(columns, judge_names):
     return row
 
 
-def sweep_front(policy, tokenizer, prompts, judges, options, sft, merged, points=5):
-    """The KL–reward front of WARP: a row for each η in [0, 1] of θ = (1−η) θ_sft + η θ_slerp, and the answers.
-
-    All rows share prompts and random numbers, so η = 0 is θ_sft itself, at a KL of exactly 0. The policy is a place to
-    put the weights in. Several processes take the rows in turn.
-    """
-
-    def point(eta):
-        set_weights(policy, interpolate(sft, merged, eta))
-        columns = judge_policy(policy, tokenizer, prompts, judges, options, policy, sft)
-        return {"eta": eta, **summarise(columns, judges)}, columns
-
-    front, columns = zip(*in_turn(point, [k / (points - 1) for k in range(points)]))
-    return list(front), list(columns)
-
-
 def match_kl(policy, tokenizer, prompts, options, reference, target, halvings=10):
     """Move the policy towards the reference, θ = (1−η) θ_ref + η θ, until KL(π_θ ‖ π_ref) is `target`; returns η.
 
-    Bisection, as KL grows with η. A policy that is nearer than that is left as it is, at η = 1. Rewards of policies
-    are comparable at the same KL only: whoever goes further gets more. Raises UserError for other architectures.
+    Bisection, as KL grows with η. A policy that is nearer than that is left as it is, at η = 1. A policy that moves
+    further from the reference gets more reward, so policies are compared at the same KL. UserError for another
+    architecture.
     """
     start, end = get_weights(reference), get_weights(policy)
     shapes = [{name: tensor.shape for name, tensor in weights.items()} for weights in (start, end)]
@@ -148,8 +207,8 @@ def win_rate(values, reference):
 
 def print_samples(before, after, count=3):
     """Print the first answers of two policies to the same prompts; returns [{"prompt", "before", "after"}]."""
-    samples = [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in
-               zip(before["prompt"][:count], before["completion"], after["completion"])]  # fmt: skip
+    answers = zip(before["prompt"][:count], before["completion"], after["completion"])
+    samples = [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in answers]
     for row in samples:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         print(f"\nprompt  {prompt}\nbefore  {row['before'].strip()}\nafter   {row['after'].strip()}")

@@ -2,8 +2,8 @@
 
     y = W x + b + s · B A dropout(x),      s = α / r,      A (r, in),  B (out, r),  B = 0 at first
 
-W and b are frozen; only the adapters (A, B) train, and the new head of a reward model. An adapted matrix is the dense
-W + ΔW with ΔW = s · B A: policies are merged on ΔW, because the mean of two A and the mean of two B are not the factors
+W and b are frozen. Only the adapters (A, B) train, and the new head of a reward model. An adapted matrix is the dense
+W + ΔW with ΔW = s · B A. Policies are merged on ΔW, because the mean of two A and the mean of two B are not the factors
 of the mean of two B A.
 """
 
@@ -12,17 +12,18 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .errors import UserError, first_line
-from .files import whole, write_json
-from .model_files import PREFIX, adapted_modules, read_adapter_header, unknown_target
+from .support.errors import UserError, first_line
+from .support.files import read_json, whole, write_json
+from .support.models import HEADS, base_of, find_model, get_weights, is_adapter, is_head, load_plain_model
 
 TARGETS = ("q_proj", "v_proj", "c_attn", "q_lin", "v_lin", "query", "value")  # Llama, GPT-2, DistilBERT, BERT
-HEADS = ("score", "classifier", "pre_classifier", "pooler")  # what a classifier has on top of its backbone
+PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
+UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")
 
 
 class LoRALayer(nn.Module):
@@ -35,8 +36,8 @@ class LoRALayer(nn.Module):
         super().__init__()
         self.weight, self.bias, self.transposed = base.weight, base.bias, isinstance(base, Conv1D)
         n_in, n_out = self.weight.shape if self.transposed else self.weight.shape[::-1]
-        self.lora_A = nn.Parameter(self.weight.new_zeros(r, n_in))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(n_out, r))
+        self.lora_A = nn.Parameter(self.weight.new_zeros(r, n_in))  # (r, in)
+        self.lora_B = nn.Parameter(self.weight.new_zeros(n_out, r))  # (out, r)
         self.scale, self.dropout, self.enabled = alpha / r, nn.Dropout(dropout), True
         self.train(base.training)
         self.reset()
@@ -45,17 +46,17 @@ class LoRALayer(nn.Module):
     def reset(self, generator=None):
         """A ~ U(−1/√in, 1/√in), as PEFT draws it, and B = 0: ΔW = 0."""
         bound = 1 / math.sqrt(self.lora_A.shape[1])
-        self.lora_A.copy_(torch.rand(self.lora_A.shape, generator=generator) * 2 * bound - bound)
-        self.lora_B.zero_()
+        self.lora_A.copy_(torch.rand(self.lora_A.shape, generator=generator) * 2 * bound - bound)  # (r, in)
+        self.lora_B.zero_()  # (out, r)
 
     def delta(self):
         """ΔW = s · B A in the shape of `weight`."""
         delta = self.scale * self.lora_B @ self.lora_A  # (out, in)
-        return delta.T if self.transposed else delta
+        return delta.T if self.transposed else delta  # (in, out) of a Conv1D
 
     def forward(self, x):
         """(..., in) → (..., out)"""
-        y = F.linear(x, self.weight.T if self.transposed else self.weight, self.bias)
+        y = F.linear(x, self.weight.T if self.transposed else self.weight, self.bias)  # (..., out)
         if not self.enabled:
             return y
         h = self.scale * F.linear(self.dropout(x), self.lora_A)  # (..., r)
@@ -70,40 +71,23 @@ def lora_layers(model):
 def add_lora(model, r, alpha, dropout=0.0, target_modules=None):
     """Give an adapter of rank r to every module whose last name is one of `target_modules`, and freeze the rest.
 
-    In place; a classifier's head goes on training, and TARGETS are the modules by default. The model computes what it
-    did before. Returns the model. Raises UserError where a name fits no linear module.
+    In place. A classifier's head goes on training. TARGETS are the modules by default. The model computes what it did
+    before. Returns the model. UserError where a name fits no linear module.
     """
-    once = {name for name, _ in model.named_parameters()}  # without a tied lm_head, whose W is the embedding's
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-              and f"{name}.weight" in once and not is_head(name)]  # fmt: skip
-    found = {target: [name for name in linear if name.rpartition(".")[2] == target]
-             for target in target_modules or TARGETS}  # fmt: skip
-    missing = [target for target, names in found.items() if not names]
-    if (target_modules and missing) or not any(found.values()):
-        raise unknown_target(missing[0], {name.rpartition(".")[2] for name in linear})
-    for name, parameter in model.named_parameters():
+    named = dict(model.named_parameters())  # without a tied lm_head, whose W is the embedding's
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    adaptable = {name: name.rpartition(".")[2] for name in linear if f"{name}.weight" in named and not is_head(name)}
+    found, wanted = {*adaptable.values()}, {*(target_modules or ())}
+    missing = wanted - found if wanted else {*TARGETS[:1]} - ({*TARGETS} if found & {*TARGETS} else set())
+    if missing:
+        there = f"there are {', '.join(sorted(found))}"
+        raise UserError(f"--lora-target-modules: no linear module is named {min(missing)}; {there}")
+    for name, parameter in named.items():
         parameter.requires_grad_(is_head(name))
-    for names in found.values():
-        for name in names:
-            replace_module(model, name, LoRALayer(model.get_submodule(name), r, alpha, dropout))
+    for name, last in adaptable.items():
+        if last in (target_modules or TARGETS):
+            model.set_submodule(name, LoRALayer(model.get_submodule(name), r, alpha, dropout))
     return model
-
-
-def add_lora_of(model, options):
-    """add_lora as LoRAOptions say; with a rank of 0 the model stays as it is."""
-    if options.lora_r:
-        add_lora(model, options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules)
-
-
-def is_head(name):
-    """Whether a parameter belongs to what a classifier has on top of its backbone."""
-    return any(part in HEADS for part in name.split("."))
-
-
-def replace_module(model, name, module):
-    """Put `module` where the model has the module `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 @torch.no_grad()
@@ -115,8 +99,8 @@ def merge_lora(model):
     for name, layer in lora_layers(model).items():
         n_in, n_out = layer.lora_A.shape[1], layer.lora_B.shape[0]
         plain = Conv1D(n_out, n_in) if layer.transposed else nn.Linear(n_in, n_out)
-        plain.weight, plain.bias = nn.Parameter(layer.weight + layer.delta()), layer.bias
-        replace_module(model, name, plain.train(layer.training))
+        plain.weight, plain.bias = nn.Parameter(layer.weight + layer.delta()), layer.bias  # the shape of W
+        model.set_submodule(name, plain.train(layer.training))
     return model.requires_grad_(True)
 
 
@@ -140,53 +124,68 @@ def reset_lora(model, generator):
 
 
 @torch.no_grad()
+def dense_weights(model):
+    """{name: tensor}, a copy of the weights that training moves: W + ΔW of each adapted module, or all of them."""
+    layers = lora_layers(model)
+    return {f"{name}.weight": layer.weight + layer.delta() for name, layer in layers.items()} or get_weights(model)
+
+
+@torch.no_grad()
 def set_adapters(model, start, end, rank):
     """Set W to `start` and the adapters to A, B of rank `rank` with W + B A = `end`; exact if ΔW has no higher rank.
 
-    ΔW = U Σ Vᵀ (singular values in float64), B = U √Σ, A = √Σ Vᵀ. Merging and interpolating M adapters of rank r gives
-    one of rank M·r, and each of WARP's I iterations adds as much, so with rank = I·M·r this is its result. start, end:
-    {name: W} as from models.dense_weights.
+    ΔW = U Σ Vᵀ (singular values in float64), B = U √Σ, A = √Σ Vᵀ. Merging M adapters of rank r gives one of rank M·r,
+    and each of WARP's I iterations adds as much, so with rank = I·M·r this is its result. start, end: {name: W} as from
+    dense_weights.
     """
     for name, layer in lora_layers(model).items():
-        layer.weight.copy_(start[f"{name}.weight"])
-        delta = (end[f"{name}.weight"] - start[f"{name}.weight"]).double()
-        u, s, vh = torch.linalg.svd(delta.T if layer.transposed else delta, full_matrices=False)
+        layer.weight.copy_(start[f"{name}.weight"])  # the shape of W
+        delta = (end[f"{name}.weight"] - start[f"{name}.weight"]).double()  # the shape of W
+        delta = delta.T if layer.transposed else delta  # (out, in)
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)  # (out, n), (n,), (n, in)
         k = min(rank, len(s))
-        a, b = layer.weight.new_zeros(rank, vh.shape[1]), layer.weight.new_zeros(u.shape[0], rank)
-        a[:k], b[:, :k] = s[:k, None].sqrt() * vh[:k], u[:, :k] * s[:k].sqrt()
+        a, b = layer.weight.new_zeros(rank, vh.shape[1]), layer.weight.new_zeros(len(u), rank)  # (r, in), (out, r)
+        a[:k], b[:, :k] = s[:k, None].sqrt() * vh[:k], u[:, :k] * s[:k].sqrt()  # (k, in), (out, k)
         layer.lora_A, layer.lora_B, layer.scale = nn.Parameter(a), nn.Parameter(b), 1.0
 
 
-def save_adapter(model, folder, tokenizer=None):
+# Files: plain LoRA only. Its variants compute something else.
+
+
+def save_adapter(model, folder, tokenizer):
     """Write adapters, and a classifier's head, in PEFT's format: adapter_config.json, adapter_model.safetensors."""
     layers, tensors = lora_layers(model), {}
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    heads = {part for name, _ in model.named_parameters() for part in name.split(".") if part in HEADS}
-    tensors |= {PREFIX + name: p for name, p in model.named_parameters() if is_head(name)}
-    layer = next(iter(layers.values()))
+        tensors |= {f"{name}.lora_A.weight": layer.lora_A, f"{name}.lora_B.weight": layer.lora_B}  # (r, in), (out, r)
+    tensors |= {name: parameter for name, parameter in model.named_parameters() if is_head(name)}
+    tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    heads = sorted({part for name, _ in model.named_parameters() for part in name.split(".") if part in HEADS})
     r = layer.lora_A.shape[0]
-    config = {
-        "peft_type": "LORA", "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
-        "base_model_name_or_path": model.config._name_or_path, "inference_mode": True,
-        "r": r, "lora_alpha": round(layer.scale * r, 6), "lora_dropout": layer.dropout.p, "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}), "fan_in_fan_out": layer.transposed,
-        "modules_to_save": sorted(heads) or None,
-    }  # fmt: skip
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    config = {"peft_type": "LORA", "bias": "none", "inference_mode": True}
+    config |= {"task_type": "SEQ_CLS" if heads else "CAUSAL_LM", "modules_to_save": heads or None}
+    config |= {"r": r, "lora_alpha": round(layer.scale * r, 6), "lora_dropout": layer.dropout.p}
+    config |= {"base_model_name_or_path": model.config._name_or_path, "fan_in_fan_out": layer.transposed}
+    config["target_modules"] = sorted({name.rpartition(".")[2] for name in layers})
     with whole(folder) as new:
         new.mkdir()
         write_json(new / "adapter_config.json", config)
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
-        if tokenizer is not None:
-            tokenizer.save_pretrained(new)
+        tokenizer.save_pretrained(new)
 
 
 def read_adapter(folder):
     """(config, {name in the model: tensor}) of a folder in PEFT's format; UserError for one that is not plain LoRA."""
-    config, _ = read_adapter_header(folder)
-    tensors = load_file(Path(folder, "adapter_model.safetensors"))
+    config = read_json(Path(folder, "adapter_config.json"))
+    extras = [key for key in UNSUPPORTED if config.get(key)]
+    plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
+    plain &= config.get("init_lora_weights", True) in (True, False, "gaussian", "eva", "orthogonal")  # others change W
+    if extras or not plain:
+        kind = {key: config.get(key) for key in ("peft_type", "bias", "init_lora_weights")}
+        raise UserError(f"{folder}: {extras or kind} is not supported; only plain LoRA is")
+    try:
+        tensors = load_file(Path(folder, "adapter_model.safetensors"))
+    except Exception as error:  # safetensors' own, or what the file system raises
+        raise UserError(f"{folder}: adapter_model.safetensors cannot be read: {first_line(error)}") from None
     return config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
@@ -197,23 +196,48 @@ def load_adapter(model, folder):
     The tensors themselves say which modules they belong to. UserError where the model has no such module or shape.
     """
     config, tensors = read_adapter(folder)
-    for name in adapted_modules(folder):
-        a, b = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
+    names = sorted({name.rpartition(".lora_")[0] for name in tensors if name.endswith(".lora_A.weight")})
+    if not names:
+        raise UserError(f"{folder}: no lora_A in its adapter_model.safetensors")
+    for name in names:
         try:
-            base = model.get_submodule(name)
-            layer = LoRALayer(base, a.shape[0], config["lora_alpha"], config.get("lora_dropout", 0.0))
-            if layer.lora_A.shape != a.shape or layer.lora_B.shape != b.shape:
-                raise ValueError("it has another shape")
-            layer.lora_A.copy_(a)
-            layer.lora_B.copy_(b)
-        except Exception as error:  # of the six kinds that a wrong file can raise here
-            raise UserError(f"{folder}: {name} does not fit the model: {first_line(error)}") from None
-        replace_module(model, name, layer)
+            a, b = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")  # (r, in), (out, r)
+            layer = LoRALayer(model.get_submodule(name), len(a), config["lora_alpha"], config.get("lora_dropout", 0.0))
+            layer.load_state_dict({"lora_A": a, "lora_B": b}, strict=False)
+        except Exception as error:  # no such module, no linear one, no such tensor, another shape
+            raise UserError(f"{folder}: {name} does not fit the model: {' '.join(str(error).split())[:200]}") from None
+        model.set_submodule(name, layer)
     parameters = dict(model.named_parameters(remove_duplicate=False))  # PEFT saves a tied matrix under both its names
     for name, tensor in tensors.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
+        names = [other for other in parameters if parameters[other] is parameters.get(name)]  # several of a tied one
+        same = names and all(other in tensors and torch.equal(tensors[other], tensor) for other in names)
+        if not same or parameters[name].shape != tensor.shape:
             raise UserError(f"{folder}: {name} {tuple(tensor.shape)} does not fit the model")
         parameters[name].copy_(tensor)
     for name, parameter in parameters.items():
         parameter.requires_grad_("lora_" in name or is_head(name))
+    return model
+
+
+def head_labels(count):
+    """What config.json calls the labels of a head of `count` logits: a reward has no name, ratings are "1", "2", ..."""
+    ratings = {i: str(i + 1) for i in range(count)}
+    return {"num_labels": 1} if count == 1 else {"id2label": ratings, "label2id": {v: k for k, v in ratings.items()}}
+
+
+def load_model(auto_class, name, tokenizer, **config):
+    """The model of that name in float32; of an adapter's name, its base with the adapter merged into it."""
+    source = find_model(name)
+    if not is_adapter(source):
+        return load_plain_model(auto_class, name, **config)
+    heads = [tensor for key, tensor in read_adapter(source)[1].items() if is_head(key) and key.endswith("weight")]
+    if heads and not config:  # the adapter brings a head, whose last matrix (K, width) says how many labels it has
+        config = head_labels(min(len(head) for head in heads))
+    model = load_model(auto_class, base_of(source), tokenizer, **config)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # train_rm.py may have added a pad token
+        model.resize_token_embeddings(len(tokenizer))
+    if heads:
+        model.config.architectures = [type(model).__name__]
+    merge_lora(load_adapter(model, source))
+    model.config._name_or_path = source  # what an adapter on top of this one is trained on
     return model

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 def pairwise_loss(chosen, rejected, margin=None, center_coefficient=0.0):
-    """Bradley–Terry: the better answer w shall have the higher reward.
+    """Bradley–Terry: the better answer w should have the higher reward.
 
         L = mean_B [ −log σ(r_w − r_l − margin) + c · (r_w + r_l)² ]
 
@@ -20,13 +20,11 @@ def pairwise_loss(chosen, rejected, margin=None, center_coefficient=0.0):
     """
     for tensor in (chosen, rejected, margin):
         if tensor is not None and (tensor.dim() != 1 or tensor.shape != chosen.shape):
-            raise ValueError(
-                f"rewards and margin must all be (B,), not {tuple(chosen.shape)} and {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"rewards and margin must be (B,), not {tuple(chosen.shape)} and {tuple(tensor.shape)}")
     difference = chosen - rejected if margin is None else chosen - rejected - margin  # (B,)
     loss = -F.logsigmoid(difference)  # (B,)
     if center_coefficient:  # else a huge reward would give 0 · ∞
-        loss = loss + center_coefficient * (chosen + rejected) ** 2
+        loss = loss + center_coefficient * (chosen + rejected) ** 2  # (B,)
     return loss.mean()
 
 
@@ -39,30 +37,28 @@ def preference_logprob(chosen_logits, rejected_logits, ties="strict"):
     Strict is the REINFORCE report's. It counts a tie as an error, so two answers that cannot be told apart are pushed
     to the *uniform* distribution: there P = .45 for K = 10, and L = .7985 > ln 2. With half the tie mass P(w ≻ l) +
     P(l ≻ w) = 1, as for Bradley–Terry. All in log space: log(P + ε) would have no gradient on the worst pairs. The sum
-    starts where F_l > 0; a log 0 inside logsumexp would make the gradient NaN.
+    leaves out F_l(0) = 0: its log is −∞, and the gradient of logsumexp would be NaN.
 
     chosen_logits, rejected_logits: (B, K). Returns (B,), in nats, ≤ 0. Raises ValueError for other shapes or `ties`.
     """
     if chosen_logits.dim() != 2 or chosen_logits.shape != rejected_logits.shape or chosen_logits.shape[1] < 2:
-        raise ValueError(
-            f"logits must both be (B, K), not {tuple(chosen_logits.shape)}, {tuple(rejected_logits.shape)}"
-        )
+        raise ValueError(f"logits must be (B, K), not {tuple(chosen_logits.shape)}, {tuple(rejected_logits.shape)}")
     logp_w = chosen_logits.log_softmax(-1)  # (B, K)
     log_cdf = rejected_logits.log_softmax(-1).logcumsumexp(-1)  # (B, K) log F_l
     if ties == "strict":
-        return (logp_w[:, 1:] + log_cdf[:, :-1]).logsumexp(-1)
+        return (logp_w[:, 1:] + log_cdf[:, :-1]).logsumexp(-1)  # (B,)
     if ties == "half":
-        log_mid = torch.cat([log_cdf[:, :1], torch.logaddexp(log_cdf[:, :-1], log_cdf[:, 1:])], dim=1) - math.log(2)
-        return (logp_w + log_mid).logsumexp(-1)
+        log_mid = torch.cat([log_cdf[:, :1], torch.logaddexp(log_cdf[:, :-1], log_cdf[:, 1:])], dim=1)  # (B, K)
+        return (logp_w + log_mid - math.log(2)).logsumexp(-1)  # (B,)
     raise ValueError(f"ties must be strict or half, not {ties!r}")
 
 
 def ordinal_loss(chosen_logits, rejected_logits, ties="strict", center_coefficient=0.0):
-    """The ordinal-distribution loss: the better answer w shall get the higher of two ratings, drawn one for each.
+    """The ordinal-distribution loss: the better answer w should get the higher of two ratings, drawn one for each.
 
         L = mean_B [ −log P(w ≻ l) + c · (E_w + E_l − (K+1))² ]
 
-    The second term is the analogue of centering: the middle of the scale is where an average pair shall lie. Sources:
+    The second term is the analogue of centering: the middle of the scale is where an average pair should lie. Sources:
     the REINFORCE report, level 2; OPRM (2602.12660).
 
     chosen_logits, rejected_logits: (B, K). Returns a scalar; raises ValueError as preference_logprob does.

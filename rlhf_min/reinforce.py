@@ -4,8 +4,9 @@
     shaped      R(x, y) = r(x, y) − β [log π(y|x) − log π_ref(y|x)]        a constant for autograd
     gradient    ∇J = E[ (R − b) ∇ log π(y|x) ],      log π(y|x) = Σ_t log π(y_t | x, y_<t)
 
-with any baseline b that does not depend on y. π_ref is what the policy shall stay near: π_sft in train_reinforce.py,
-the EMA anchor in train_warp.py. B answers of at most T tokens; `mask` is True up to and including the first EOS.
+with any baseline b that does not depend on y. π_ref is the policy we want to stay close to: π_sft in
+train_reinforce.py, the EMA anchor in train_warp.py. B answers of at most T tokens; `mask` is True up to and including
+the first EOS.
 """
 
 import torch
@@ -47,7 +48,7 @@ def leave_one_out(rewards):
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (P, k) with k ≥ 2 answers to each prompt, not {tuple(rewards.shape)}")
     k = rewards.shape[1]
-    return k / (k - 1) * (rewards - rewards.mean(-1, keepdim=True))
+    return k / (k - 1) * (rewards - rewards.mean(-1, keepdim=True))  # (P, k)
 
 
 def sigma_weight(sigma):
@@ -109,12 +110,15 @@ def policy_gradient_loss(logprobs, advantage, mask):
     return -(advantage.detach() * answer_logprob).mean()
 
 
-def step_metrics(team, rollout, logprobs, **columns):
-    """What a metrics line says of a step: the means over all B answers of a team of `columns`, (B / size,) each, and
-    how long the answers are, how many have no end, and the entropy per token (`kl` is per answer)."""
-    surprise = -logprobs.detach().masked_fill(~rollout.mask, 0.0).sum(-1)
-    columns |= {"completions/mean_length": rollout.mask.sum(-1), "completions/clipped_ratio": ~rollout.ended,
-                "entropy": surprise}  # fmt: skip
+def step_metrics(team, rollout, logprobs, columns):
+    """What a metrics line says of a step: the means over all B answers of a team.
+
+    columns: {name: (B / size,)}, with `reward`; logprobs: (B / size, T). Added are how long the answers are, how many
+    have no end, the entropy per token (all else is per answer), and the reward's standard deviation.
+    """
+    surprise = -logprobs.detach().masked_fill(~rollout.mask, 0.0).sum(-1)  # (B / size,)
+    lengths = {"completions/mean_length": rollout.mask.sum(-1), "completions/clipped_ratio": ~rollout.ended}
+    columns = columns | lengths | {"entropy": surprise}
     columns = {name: team.gather(column.double()) for name, column in columns.items()}  # (B,) each
     means = {name: column.mean().item() for name, column in columns.items()}
     means["entropy"] /= means["completions/mean_length"]

@@ -1,32 +1,41 @@
-"""Judges: anything that turns prompts and answers into (reward, sigma), one number each per answer.
+"""Judges: whatever turns prompts and answers into (reward, sigma), one number each per answer.
 
-A judge is a transformers sequence classifier, whose head is one reward or a distribution over ratings, or a Python
-function `package.module.function` with TRL's signature f(prompts, completions, **columns) -> list[float]. sigma is the
-standard deviation of the rating, and 0 for a scalar head and a function.
+A judge is a *reward model*, a transformers sequence classifier whose head is one reward or a distribution over ratings,
+or a *reward function* `package.module.function` with TRL's signature f(prompts, completions, **columns) -> list[float].
+sigma is the standard deviation of the rating, and 0 for a head with one reward and for a function.
 """
 
+import os
+import pydoc
+import re
+import sys
 import traceback
 
 import torch
+from transformers import AutoModelForSequenceClassification
 
-from .batches import pad
 from .data import encode_answer
-from .errors import UserError, first_line
+from .lora import head_labels, load_model
 from .losses import rating_mean_std
-from .models import context_length, load_classifier
-from .sources import import_function, is_function
+from .rollout import decode_completions
+from .support.batches import group_by_length, pad
+from .support.errors import UserError, first_line
+from .support.models import check_loaded, context_length, is_classifier, load_tokenizer
+
+TAKEN = """prompt completion length ended kl sigma step eta policy run baseline advantage anchor_kl entropy reward_std
+grad_norm clipped iteration step_seconds learning_rate distinct_2 loss accuracy""".split()  # columns of tables and logs
 
 
 def classify(model, tokens, attention_mask):
     """Logits (B, K) of a sequence classifier on right-padded tokens (B, L).
 
-    GPT-2, Llama and their kin pool the last token whose *id* is not pad. Somebody's reward model with pad = EOS was
-    trained to pool the token before the EOS, so that is what is read here, too; train_rm.py gives a model a pad token
-    of its own, so that it sees how an answer ends. Without a pad token transformers refuses batches; here the mask says
-    which token is the last. Encoders such as BERT pool the first token themselves.
+    GPT-2, Llama and their kin read the last token whose *id* is not pad. A reward model with pad = EOS was trained to
+    read the token before the EOS, so we read the same token. train_rm.py gives a model a pad token of its own: its
+    models see how an answer ends. Without a pad token transformers refuses batches; here the mask says which token is
+    the last. Encoders such as BERT read the first token themselves.
     """
     if not hasattr(model, "score"):
-        return model(input_ids=tokens, attention_mask=attention_mask).logits
+        return model(input_ids=tokens, attention_mask=attention_mask).logits  # (B, K)
     hidden = model.base_model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).last_hidden_state
     pad_token_id = model.config.pad_token_id
     real = attention_mask if pad_token_id is None else attention_mask & (tokens != pad_token_id)  # (B, L)
@@ -34,53 +43,36 @@ def classify(model, tokens, attention_mask):
     return model.score(hidden[torch.arange(len(last), device=last.device), last])  # (B, d) → (B, K)
 
 
-def reward_and_sigma(logits):
-    """(reward, sigma) of a head's logits (B, K): the one logit and 0, or mean and deviation of the rating 1..K."""
-    if logits.shape[-1] == 1:
-        return logits.squeeze(-1), torch.zeros_like(logits[:, 0])
-    return rating_mean_std(logits)
-
-
 def row_logits(model, rows, pad_token_id):
     """Logits (B, K) in float32 of B lists of token ids, those of similar length together."""
     groups = group_by_length(rows, model.device)
-    logits = torch.cat([classify(model, *pad([rows[i] for i in group], pad_token_id, model.device)).float()
-                        for group in groups])  # fmt: skip
+    batches = [pad([rows[i] for i in group], pad_token_id, model.device) for group in groups]
+    logits = torch.cat([classify(model, *batch).float() for batch in batches])  # (B, K) in the order of the groups
     return logits[torch.tensor([i for group in groups for i in group], device=model.device).argsort()]
 
 
-def group_by_length(rows, device):
-    """[[positions of rows]]: a pass for every group, where that saves more padding than a pass costs.
-
-    On a CPU a pass costs about what 128 tokens do, on a GPU more than a batch has.
-    """
-    if device.type != "cpu":
-        return [list(range(len(rows)))]
-    groups, longest = [], 0
-    for done, i in enumerate(sorted(range(len(rows)), key=lambda i: -len(rows[i]))):
-        if not groups or (longest - len(rows[i])) * (len(rows) - done) >= 128:
-            groups.append([])
-            longest = len(rows[i])
-        groups[-1].append(i)
-    return groups
+def reward_and_sigma(logits):
+    """(reward, sigma) of a head's logits (B, K): the one logit and 0, or mean and deviation of the rating 1..K."""
+    if logits.shape[-1] == 1:
+        return logits.squeeze(-1), torch.zeros_like(logits[:, 0])  # (B,), (B,)
+    return rating_mean_std(logits)
 
 
 class RewardModel:
     """A sequence classifier as a judge."""
 
-    def __init__(self, model, tokenizer, max_length=512, batch_size=64):
+    is_function = False
+
+    def __init__(self, model, tokenizer, batch_size=64):
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
-        self.max_length = min(max_length, context_length(model))
+        self.max_length = context_length(model)
         self.has_sigma = model.config.num_labels > 1
 
     def __call__(self, prompts, completions, ended):
         """B prompts (text or messages), B answers as text, ended (B,) → reward (B,), sigma (B,), float32."""
-        rows = [
-            encode_answer(self.tokenizer, prompt, completion, end, self.max_length)
-            for prompt, completion, end in zip(prompts, completions, torch.as_tensor(ended).tolist())
-        ]
-        rows = [row or [self.tokenizer.pad_token_id] for row in rows]  # an empty answer to an empty prompt
-        return reward_and_sigma(self.logits(rows))
+        answers = zip(prompts, completions, ended.tolist())
+        rows = [encode_answer(self.tokenizer, *answer, max_length=self.max_length) for answer in answers]
+        return reward_and_sigma(self.logits([row or [self.tokenizer.pad_token_id] for row in rows]))
 
     @torch.no_grad()
     def logits(self, rows):
@@ -92,35 +84,89 @@ class RewardModel:
 class RewardFunction:
     """A function f(prompts, completions, **columns) -> list[float] as a judge."""
 
-    has_sigma = False
+    is_function, has_sigma = True, False
 
     def __init__(self, function, name, device):
         self.function, self.name, self.device = function, name, device
 
     def __call__(self, prompts, completions, ended):
-        """As RewardModel; UserError where the function does not return one finite number per answer."""
+        """As RewardModel. UserError where the function does not return one finite number per answer."""
         try:
             values = self.function(prompts=prompts, completions=completions)
+            reward = torch.tensor([float(value) for value in values], device=self.device)  # (B,)
         except (Exception, SystemExit) as error:  # somebody else's program: what it raises, and where
             at = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(f"reward function {self.name} raised {type(error).__name__}: {first_line(error)} "
-                            f"({at.filename}, line {at.lineno})") from None  # fmt: skip
-        try:
-            values = [float(value) for value in values]
-        except (TypeError, ValueError):
-            raise UserError(f"reward function {self.name} must return a list of numbers") from None
-        if len(values) != len(completions):
-            raise UserError(f"reward function {self.name}: {len(values)} numbers for {len(completions)} answers")
-        reward = torch.tensor(values, device=self.device)
-        if not reward.isfinite().all():
-            value = values[reward.isfinite().int().argmin()]
-            raise UserError(f"reward function {self.name} returned {value}; every reward must be finite in float32")
-        return reward, torch.zeros_like(reward)
+            where = f"{type(error).__name__}: {first_line(error)} ({at.filename}, line {at.lineno})"
+            raise UserError(f"reward function {self.name} raised {where}") from None
+        if len(reward) != len(completions) or not reward.isfinite().all():
+            found = f"not {len(reward)}: {str(values)[:100]}"
+            raise UserError(f"reward function {self.name} must return {len(completions)} finite numbers, {found}")
+        return reward, torch.zeros_like(reward)  # (B,), (B,)
+
+
+def judge_answers(judges, tokenizer, prompts, rollout):
+    """({name: what that judge gives to B answers, (B,)}, the answers as text).
+
+    With a judge named `reward` there is also its `sigma`, (B,).
+    """
+    texts, completions = [prompt.text for prompt in prompts], decode_completions(tokenizer, rollout)
+    scores = {name: judge(texts, completions, rollout.ended) for name, judge in judges.items()}
+    rewards = {name: reward for name, (reward, _) in scores.items()}
+    return rewards | ({"sigma": scores["reward"][1]} if "reward" in scores else {}), completions
+
+
+def load_classifier(name, device, new_head=0):
+    """(model, tokenizer) of a sequence classifier in float32, whose label is one reward, or whose labels are ratings.
+
+    With `new_head` = 1 or K any model will do, and gets such a head. Otherwise UserError for what is no reward model.
+    """
+    tokenizer = load_tokenizer(name)
+    config = head_labels(new_head) if new_head else {}
+    model = load_model(AutoModelForSequenceClassification, name, tokenizer, **config)
+    check_loaded(name, model, tokenizer)
+    labels = [str(model.config.id2label.get(i)) for i in range(model.config.num_labels)]
+    if not new_head and not is_classifier(model):
+        raise UserError(f"{name} is {model.config.architectures}, no sequence classifier; train_rm.py makes one of it")
+    if len(labels) > 1 and labels != [str(k + 1) for k in range(len(labels))]:
+        right = "a reward model has one label, or the ratings 1, 2, 3, ... in this order"
+        raise UserError(f"{name}: a classifier with the labels {', '.join(labels[:3])}, ...; {right}")
+    return model.to(device), tokenizer
+
+
+def import_function(spec):
+    """The function package.module.function; UserError where there is none."""
+    sys.path.insert(0, "")  # a module in the working directory is found, too, as python -m does
+    try:
+        function = pydoc.locate(spec)
+    except (pydoc.ErrorDuringImport, SystemExit) as error:  # what the module's own lines raise
+        raise UserError(f"{spec} cannot be imported: {first_line(error)}") from None
+    finally:
+        sys.path.remove("")
+    if not callable(function):
+        raise UserError(f"{spec}: no such function; name a model folder or package.module.function")
+    return function
 
 
 def load_judge(spec, device):
     """A judge by name: a run folder, a transformers folder, an adapter, a hub name, or package.module.function."""
-    if is_function(spec):
+    if not os.path.exists(spec) and "/" not in spec and "." in spec:
         return RewardFunction(import_function(spec), spec, device)
-    model, tokenizer = load_classifier(spec, device)
-    return RewardModel(model, tokenizer)
+    return RewardModel(*load_classifier(spec, device))
+
+
+def named_judges(specs):
+    """{name: spec} of judges written `name=spec`, or `spec`, whose name is then its last part. UserError if taken."""
+    judges = {}
+    for spec in specs:
+        name, equals, rest = spec.partition("=")
+        if not equals:
+            name, rest = spec.rstrip("/").replace("/", ".").rpartition(".")[2], spec
+        if not rest or name in [*judges, *TAKEN] or re.fullmatch(r"|.*[|\n].*|.*_(se|z|delta|low|high|rate)", name):
+            raise UserError(f"--judges {spec}: write other-name={rest or 'folder'}; {name!r} is taken or no name")
+        judges[name] = rest
+    return judges
+
+
+def load_judges(specs, device):
+    """{name: judge}."""
+    return {name: load_judge(spec, device) for name, spec in named_judges(specs).items()}

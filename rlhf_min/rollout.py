@@ -1,27 +1,54 @@
 """Sampling answers, and scoring them: whatever the sampler does to the logits, the scorer does, too.
 
-B prompts, left-padded to P tokens, and answers of at most T tokens: `tokens` is (B, P+T). An answer is what TRL calls a
-completion; where a name comes from there, so does the word.
+B prompts are padded on the left to P tokens. An answer has at most T tokens. `tokens` is (B, P+T):
+
+    pad pad  x   x   x  │  y   y  EOS pad pad       attention_mask is True on x and y,
+    x   x    x   x   x  │  y   y   y   y  EOS       mask (B, T) on y, the first EOS included
+
+An answer is what TRL calls a completion. Names shared with TRL keep TRL's word.
 """
 
-import math
+import inspect
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from .batches import pad
-from .decoding import Decoder, positions
-from .errors import UserError
-from .parallel import ALONE
+from .lora import load_model
+from .support.batches import pad
+from .support.errors import UserError
+from .support.models import check_loaded, context_length, is_classifier, load_tokenizer
+
+
+def load_policy(name, device, max_length):
+    """(model, tokenizer) of a causal language model, in float32. It stays in eval mode: no dropout.
+
+    The ids that end an answer, and pad, stand in its generation config, where transformers' generate reads them, too.
+    UserError where it is no language model, or cannot read `max_length` tokens.
+    """
+    tokenizer = load_tokenizer(name)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no EOS token, so no answer could end; set eos_token in its config")
+    model = load_model(AutoModelForCausalLM, name, tokenizer)
+    if is_classifier(model):
+        raise UserError(f"{name} is a classifier, not a language model; name a policy")
+    check_loaded(name, model, tokenizer)
+    if max_length > context_length(model):
+        raise UserError(f"{name} reads at most {context_length(model)} tokens; lower --max-length {max_length}")
+    config = model.generation_config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.eos_token_id = sorted({tokenizer.eos_token_id, *ends} - {None})  # stories260K ends a story with id 1
+    config.pad_token_id = tokenizer.pad_token_id
+    return model.to(device).eval(), tokenizer
 
 
 class Rollout(NamedTuple):
     """Sampled answers, as token ids: they are scored as they are, never decoded and tokenised again."""
 
     tokens: torch.Tensor  # (B, P+T) prompt, answer, and pad after the first EOS
-    attention_mask: torch.Tensor  # (B, P+T) False on the left padding
-    mask: torch.Tensor  # (B, T) True for the answer's tokens, the first EOS included
+    attention_mask: torch.Tensor  # (B, P+T) True on prompt and answer
+    mask: torch.Tensor  # (B, T) True on the answer, the first EOS included
     ended: torch.Tensor  # (B,) True where the answer has an EOS
 
     @property
@@ -30,75 +57,82 @@ class Rollout(NamedTuple):
         return self.tokens[:, -self.mask.shape[1] :]
 
 
+def is_eos(tokens, eos_token_id):
+    """True where a token ends an answer; eos_token_id: an id or a list of ids. (B, T) → bool (B, T)."""
+    return torch.isin(tokens, torch.as_tensor(eos_token_id, device=tokens.device))
+
+
 def completion_mask(tokens, eos_token_id):
     """True up to and including the first EOS; all True where there is none.
 
     By position, not by id: pad may be EOS. tokens: (B, T); eos_token_id: an id or a list of ids. Returns bool (B, T).
     """
-    is_eos = _is_eos(tokens, eos_token_id)
-    ends_before = is_eos.cumsum(-1) - is_eos.long()  # (B, T) how many EOS stand before this token
+    ends = is_eos(tokens, eos_token_id)  # (B, T)
+    ends_before = ends.cumsum(-1) - ends.long()  # (B, T) how many EOS stand before this token
     return ends_before == 0
 
 
-def _is_eos(tokens, eos_token_id):
-    return torch.isin(tokens, torch.as_tensor(eos_token_id, device=tokens.device))
+def positions(attention_mask):
+    """(B, L) → (B, L): 0, 1, 2, ... from the first real token. Without them GPT-2 is nats off under left padding."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def empty_cache(model):
+    """{argument: an empty cache of keys and values}. A model that has a state instead, such as Mamba, gets none."""
+    arguments = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in arguments else "past_key_values"  # the latter before transformers 5.24
+    return {} if model._is_stateful or name not in arguments else {name: DynamicCache(config=model.config)}
+
+
+def uniform_numbers(count, length, generator):
+    """(count, length) numbers in [0, 1), drawn on the CPU: the same ones for every device."""
+    return torch.rand(count, length, generator=generator, dtype=torch.float64)
 
 
 @torch.no_grad()
-def sample(model, prompts, max_length, temperature, eos_token_id, pad_token_id, generator, team=ALONE):
+def sample(policy, prompts, uniform, temperature):
     """One answer to each prompt from π(· | x) = softmax(logits / temperature): no top-k, no top-p, no penalty.
 
-    A token is the inverse of the cumulated distribution at one uniform number. The numbers are drawn beforehand on the
-    CPU, a row per prompt, so that two policies can be compared on the same ones.
+    Token t is the inverse of the cumulated distribution at the uniform number t. So an answer is a function of the
+    policy and of `uniform`, and two policies can be compared on the same random numbers.
 
-    prompts: B lists of token ids, of which a team of processes answers each its share. T = max_length − P with P the
-    longest prompt: a short prompt beside a long one gets a shorter answer. Returns a Rollout. Raises UserError for
-    logits that are not finite.
+    prompts: B lists of token ids; uniform: (B, max_length) in [0, 1). Prompt and answer together have at most
+    max_length tokens, whatever the other rows have. Returns a Rollout. UserError for logits that are not finite.
     """
-    tokens, attention_mask = pad(prompts, pad_token_id, model.device, side="left")  # (B, P)
-    length = max_length - tokens.shape[1]  # T
-    uniform = torch.rand(len(prompts), max_length, generator=generator, dtype=torch.float64).to(model.device)
-    tokens, attention_mask, uniform = team.share(tokens), team.share(attention_mask), team.share(uniform)
-    rows = torch.arange(len(tokens), device=model.device)  # (b,) whose answers go on, and a few that have ended
-    going = torch.ones_like(rows, dtype=torch.bool)  # (b,)
-    completions = tokens.new_full((len(tokens), length), pad_token_id)
-    with Decoder(model, attention_mask, max_length) as decoder:
-        inputs = tokens
-        for t in range(length):
-            probs = (decoder(inputs).float() / temperature).softmax(-1)  # (b, V)
-            token = draw(probs, uniform[rows, t : t + 1])  # (b, 1)
-            completions[rows, t : t + 1] = token
-            going &= ~_is_eos(token[:, 0], eos_token_id)
-            if not going.any():
-                break
-            if going.sum() < 0.75 * len(rows) and decoder.keep(going):
-                rows, token, going = rows[going], token[going], going[going]
-            inputs = token
-    completions = completions[:, : t + 1]
-    mask = completion_mask(completions, eos_token_id)
-    completions = completions.masked_fill(~mask, pad_token_id)
-    attention_mask = torch.cat([attention_mask, torch.ones_like(mask)], dim=1)
-    ended = _is_eos(completions, eos_token_id).logical_and(mask).any(-1)
-    return Rollout(torch.cat([tokens, completions], dim=1), attention_mask, mask, ended)
+    config, cache, seen = policy.generation_config, empty_cache(policy), 0
+    tokens, attention_mask = pad(prompts, config.pad_token_id, policy.device, side="left")  # (B, P), (B, P)
+    uniform = uniform.to(policy.device)  # (B, max_length)
+    width, room = tokens.shape[1], uniform.shape[1] - attention_mask.sum(-1, keepdim=True)  # P, (B, 1)
+    going = torch.ones_like(room, dtype=torch.bool)  # (B, 1) whose answer goes on
+    for t in range(int(room.max())):
+        inputs = {"input_ids": tokens[:, seen:], "position_ids": positions(attention_mask)[:, seen:]}  # (B, new)
+        inputs |= {"attention_mask": attention_mask, "use_cache": bool(cache), "logits_to_keep": 1}  # (B, P+t)
+        logits = policy(**inputs, **cache).logits  # (B, 1 or more, V)
+        seen = tokens.shape[1] if cache else 0  # what the cache knows is not computed again
+        probs = (logits[:, -1].float() / temperature).softmax(-1)  # (B, V)
+        token = draw(probs, uniform[:, t : t + 1]).masked_fill(~going, config.pad_token_id)  # (B, 1)
+        tokens = torch.cat([tokens, token], dim=1)  # (B, P+t+1)
+        attention_mask = torch.cat([attention_mask, going], dim=1)  # (B, P+t+1)
+        going = going & ~is_eos(token, config.eos_token_id) & (t + 1 < room)
+        if not going.any():
+            break
+    if not probs.isfinite().all():
+        raise UserError("the policy's logits are not finite: the run diverged; lower --lr")
+    completions = tokens[:, width:]  # (B, T)
+    in_room = torch.arange(completions.shape[1], device=tokens.device) < room  # (B, T)
+    mask = completion_mask(completions, config.eos_token_id) & in_room  # (B, T)
+    ended = (is_eos(completions, config.eos_token_id) & mask).any(-1)  # (B,)
+    return Rollout(tokens, torch.cat([attention_mask[:, :width], mask], dim=1), mask, ended)
 
 
 def draw(probs, uniform):
     """The token at which the cumulated distribution passes a uniform number: (B, V), (B, 1) → (B, 1).
 
-    Two searches, for the block of √V tokens and then in it, cumulate 2 √V numbers in float64 instead of V. Raises
-    UserError for probabilities that are not finite.
+    In float64: in float32 the sum over a large vocabulary would move the rare tokens.
     """
-    width = math.isqrt(probs.shape[1]) + 1
-    blocks = F.pad(probs, (0, -probs.shape[1] % width)).unflatten(1, (-1, width))  # (B, V / width, width)
-    cumulated = blocks.sum(-1).double().cumsum(-1)
-    if not cumulated[:, -1].isfinite().all():
-        raise UserError("the policy's logits are not finite: the run diverged; lower --lr")
-    target = uniform * cumulated[:, -1:]
-    block = torch.searchsorted(cumulated, target, right=True)  # (B, 1)
-    inner = blocks.take_along_dim(block[..., None], 1).squeeze(1).double().cumsum(-1)  # (B, width)
-    target = target - cumulated.take_along_dim(block, 1) + inner[:, -1:]  # what is left of it in the block
-    target = torch.minimum(target.clamp(min=0), inner[:, -1:] * (1 - 2**-50))  # rounding must not lead out of it
-    return block * width + torch.searchsorted(inner, target, right=True)
+    cumulated = probs.double().cumsum(-1)  # (B, V)
+    token = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)  # (B, 1)
+    return token.clamp(max=probs.shape[1] - 1)  # rounding must not lead out of the vocabulary
 
 
 def completion_logits(model, rollout, temperature, weights=None):
@@ -107,59 +141,34 @@ def completion_logits(model, rollout, temperature, weights=None):
     The logits at position t−1 are those of token t, so the last prompt token scores the first of the answer. With
     `weights`, a dictionary {name: tensor}, the model is evaluated at those instead of its own.
     """
-    return _logits(model, rollout, weights).float() / temperature
-
-
-def _logits(model, rollout, weights):
+    length = rollout.mask.shape[1]  # T
     inputs = {
         "input_ids": rollout.tokens,
         "attention_mask": rollout.attention_mask,
         "position_ids": positions(rollout.attention_mask),
-        "logits_to_keep": torch.arange(-rollout.mask.shape[1] - 1, -1, device=rollout.tokens.device),
+        "logits_to_keep": length + 1,
         "use_cache": False,
     }
     output = model(**inputs) if weights is None else torch.func.functional_call(model, weights, kwargs=inputs)
-    logits, kept = output.logits, inputs["logits_to_keep"]
-    return logits if logits.shape[1] == len(kept) else logits[:, kept]  # some models give all, whatever is asked for
+    logits = output.logits[:, -length - 1 : -1]  # (B, T, V), also where a model gives all of its logits
+    return logits.float() / temperature
 
 
 def token_logprobs(model, rollout, temperature, weights=None):
-    """log π(y_t | x, y_<t) of the sampled tokens, (B, T), in nats; behind the first EOS the values mean nothing."""
-    return _SampledLogprob.apply(_logits(model, rollout, weights), rollout.completions, temperature)
-
-
-class _SampledLogprob(torch.autograd.Function):
-    """log p_y = z_y/τ − log Σ_v e^(z_v/τ), whose gradient in z is (1_y − p)/τ: two passes and no copy of (B, T, V).
-
-    Autograd's own way keeps logits/τ and builds the gradients of gather and logsumexp apart. In float32.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, tokens, temperature):
-        sampled = logits.gather(-1, tokens[..., None])[..., 0].float() / temperature
-        total = torch.cat([(row.float() / temperature).logsumexp(-1, keepdim=True) for row in logits.split(1)])
-        ctx.save_for_backward(logits, tokens, total)
-        ctx.temperature = temperature
-        return sampled - total[..., 0]
-
-    @staticmethod
-    def backward(ctx, gradient):
-        logits, tokens, total = ctx.saved_tensors
-        scale = gradient / ctx.temperature  # (B, T)
-        out = torch.empty_like(logits)
-        for z, y, row, norm, s in zip(logits, tokens, out, total, scale):  # s (1_y − p), rounded to half precision once
-            p = (z.float() / ctx.temperature - norm).exp_()
-            row.copy_(p.mul_(-s[:, None]).scatter_add_(-1, y[:, None], s[:, None]))
-        return out, None, None
+    """log π(y_t | x, y_<t) of the sampled tokens, (B, T), in nats. Behind the first EOS the values mean nothing."""
+    logits = completion_logits(model, rollout, temperature, weights)  # (B, T, V)
+    nats = F.cross_entropy(logits.flatten(0, 1), rollout.completions.flatten(), reduction="none")  # (B·T,) −log π
+    return -nats.view_as(rollout.mask)
 
 
 def decode_completions(tokenizer, rollout):
-    """The answers as text, special tokens removed: what they add to the prompt's text.
+    """The answers as B texts, special tokens removed: what they add to the prompt's text.
 
     Decoded alone, an answer of a Llama tokenizer would lose the space before its first word.
     """
     width = rollout.tokens.shape[1] - rollout.mask.shape[1]  # P
-    starts, ends = (~rollout.attention_mask).sum(-1).tolist(), (width + rollout.mask.sum(-1)).tolist()
+    starts = (~rollout.attention_mask[:, :width]).sum(-1).tolist()  # B numbers
+    ends = (width + rollout.mask.sum(-1)).tolist()  # B numbers
     texts = []
     for row, start, end in zip(rollout.tokens.tolist(), starts, ends):
         prompt = tokenizer.decode(row[start:width], skip_special_tokens=True)

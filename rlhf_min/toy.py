@@ -3,8 +3,8 @@
 A review opens with a neutral sentence about a film. Opinions follow, whose strength comes from a star rating of 1 to
 10, and remarks, which carry no opinion. Three things keep a reward model from being perfect:
   - Opinions are noisy: a review of 8 stars may contain a complaint.
-  - Remarks go with the rating without meaning it: who liked a film more often went with friends. A reward model learns
-    that, too, and a policy that talks of friends gains reward, but no gold.
+  - Remarks go with the rating without meaning it: people who liked a film mention friends more often. A reward model
+    learns that, too; a policy that talks of friends gains reward, but no gold.
   - One pair in twenty is labelled the wrong way round.
 
 The language is finite: `SENTENCES` holds every sentence with its sentiment in [−1, 1].
@@ -13,29 +13,25 @@ The language is finite: `SENTENCES` holds every sentence with its sentiment in [
 import itertools
 import random
 import re
-import shutil
 from pathlib import Path
 
 from .data import write_jsonl
 
 FOLDER = Path("runs/toy")
-REVIEWS, TRAIN_PAIRS, EVAL_PAIRS, PROMPTS = (
-    str(FOLDER / name) for name in ("reviews.jsonl", "train_pairs.jsonl", "eval_pairs.jsonl", "prompts.jsonl")
-)
-FILES = {REVIEWS, TRAIN_PAIRS, EVAL_PAIRS, PROMPTS}
-POLICY, REWARD_MODEL, ORDINAL_REWARD_MODEL = (
+REVIEWS, TRAIN_PAIRS, EVAL_PAIRS, PROMPTS = FILES = [
+    str(FOLDER / f"{name}.jsonl") for name in ("reviews", "train_pairs", "eval_pairs", "prompts")
+]
+POLICY, REWARD_MODEL, ORDINAL_REWARD_MODEL = MODELS = [
     str(FOLDER / name) for name in ("policy", "reward_model", "ordinal_reward_model")
-)
-MODELS = {POLICY, REWARD_MODEL, ORDINAL_REWARD_MODEL}
+]
 
-GENRES = ("comedy", "drama", "thriller", "western", "musical", "mystery", "romance", "documentary")
-HEROES = ("farmer", "pilot", "teacher", "doctor", "painter", "sailor", "singer", "detective", "widow", "soldier",
-          "clerk", "baker")  # fmt: skip
+GENRES = "comedy drama thriller western musical mystery romance documentary".split()
+HEROES = "farmer pilot teacher doctor painter sailor singer detective widow soldier clerk baker".split()
 PLOTS = (
-    "moves to a small town", "finds an old letter", "loses a brother", "wins the lottery", "inherits a hotel",
-    "meets a stranger on a train", "returns from the war", "opens a restaurant", "hides a secret", "builds a boat",
-)  # fmt: skip
-ASPECTS = ("acting", "plot", "music", "ending", "dialogue", "camera", "cast", "pace", "story", "script")
+    "moves to a small town, finds an old letter, loses a brother, wins the lottery, inherits a hotel, "
+    "meets a stranger on a train, returns from the war, opens a restaurant, hides a secret, builds a boat"
+).split(", ")
+ASPECTS = "acting plot music ending dialogue camera cast pace story script".split()
 ADJECTIVES = {
     1.0: ["superb", "brilliant", "wonderful", "perfect"],
     0.6: ["good", "charming", "clever", "moving"],
@@ -67,8 +63,8 @@ def _sentences():
             if abs(value) == 0.6:  # "not good" is the opposite of good; "not superb" and "not fine" are not so clear
                 opinions[f"The {aspect} was not {adjective}."] = -value
     opinions |= {sentence: value for value, sentences in VERDICTS.items() for sentence in sentences}
-    neutral = [f"This {genre} is about a {hero} who {plot}."
-               for genre, hero, plot in itertools.product(GENRES, HEROES, PLOTS)]  # fmt: skip
+    films = itertools.product(GENRES, HEROES, PLOTS)
+    neutral = [f"This {genre} is about a {hero} who {plot}." for genre, hero, plot in films]
     return opinions | dict.fromkeys([*neutral, *REMARKS[True], *REMARKS[False]], 0.0)
 
 
@@ -88,8 +84,8 @@ def split_sentences(text):
 def gold_score(text):
     """The sentiment that the grammar meant: the mean over the sentences behind the opening, in [−1, 1].
 
-    A sentence that the grammar could not have written has none, and neither has a repetition; both count as 0, like a
-    remark. An unfinished last sentence is left out. Without any sentence the score is 0.
+    A sentence that the grammar could not have written counts as 0, like a remark, and so does a repetition. Openings
+    are left out, wherever they stand, and so is an unfinished last sentence. Without any sentence the score is 0.
     """
     sentences = [s for s in split_sentences(text) if s.endswith(".") and s not in OPENINGS]
     if not sentences:
@@ -146,35 +142,19 @@ def write_world(folder, seed=0, reviews=6000, train_pairs=2000, eval_pairs=400, 
     rows = []
     for _ in range(reviews):
         stars = rng.choice((1, 2, 3, 4, 7, 8, 9, 10))  # labels as in IMDB: no review of 5 or 6 stars
-        rows.append(
-            {"text": rng.choice(openings) + write_opinions(stars, rng), "label": int(stars > 5), "stars": stars}
-        )
+        text = rng.choice(openings) + write_opinions(stars, rng)
+        rows.append({"text": text, "label": int(stars > 5), "stars": stars})
     pairs = []
     for _ in range(train_pairs + eval_pairs):
         stars = rng.choice((7, 8, 9, 10)), rng.choice((1, 2, 3, 4))
         if rng.random() < 0.05:  # the annotator slipped
             stars = stars[::-1]
         chosen, rejected = (write_opinions(s, rng) for s in stars)
-        pairs.append({"prompt": rng.choice(for_pairs), "chosen": chosen, "rejected": rejected,
-                      "chosen_rating": stars[0], "rejected_rating": stars[1]})  # fmt: skip
+        pair = {"prompt": rng.choice(for_pairs), "chosen": chosen, "rejected": rejected}
+        pairs.append(pair | {"chosen_rating": stars[0], "rejected_rating": stars[1]})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "reviews.jsonl", rows)
     write_jsonl(folder / "train_pairs.jsonl", pairs[:train_pairs])
     write_jsonl(folder / "eval_pairs.jsonl", pairs[train_pairs:])
     write_jsonl(folder / "prompts.jsonl", [{"text": opening} for opening in for_prompts])
-
-
-def ensure_texts():
-    """Write the world's texts, within a second, unless they are there."""
-    if not Path(PROMPTS).exists():  # the last file that write_world writes
-        write_world(FOLDER)
-
-
-def ensure_run(folder, main, flags=()):
-    """Run `main` with these flags into `folder`, unless it has a model; what was interrupted is resumed."""
-    if not Path(folder, "summary.json").exists():
-        main(["--out", folder, *(["--resume"] if Path(folder, "run.json").exists() else []), *flags])
-    elif not Path(folder, "model").exists():  # the reward model was refused
-        shutil.rmtree(folder)
-        main(["--out", folder, *flags])

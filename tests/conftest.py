@@ -60,5 +60,5 @@ def world(tmp_path_factory):
 def in_world(world, monkeypatch):
     """The world as the working directory; nothing is drawn, to save time."""
     monkeypatch.chdir(world)
-    monkeypatch.setattr("rlhf_min.plots._pyplot", lambda: None)
+    monkeypatch.setattr("rlhf_min.support.plots._pyplot", lambda: None)
     return world

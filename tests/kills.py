@@ -3,8 +3,8 @@
     python tests/kills.py [train_rm.py train_reinforce.py train_warp.py rlhf_min.pretrain]
 
 The kills are spread over the run, at random moments; half of them wait until a file is being written. Weights,
-metrics.jsonl and summary.json must be equal to the byte, but for fields that end in `seconds`; exit code 1 where they
-are not. It takes ten minutes.
+metrics.jsonl and summary.json must be equal to the byte, except for fields that end in `seconds`; the exit code is 1
+where they are not. It takes ten minutes.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def without_seconds(value):
 def results(folder):
     """{file: content} of what must be equal."""
     found = {}
-    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".png"):
+    for path in (path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".png"):
         name = str(path.relative_to(folder))
         if path.suffix == ".jsonl":
             found[name] = [without_seconds(json.loads(line)) for line in path.read_text().splitlines()]
@@ -50,47 +50,38 @@ def results(folder):
     return found
 
 
-def run_quietly(folder, script, argv):
-    """Run a script's main in this process; for tests, which start it in one that has nothing else to do."""
+def run_script(folder, script, argv, log=os.devnull):
+    """Run a script's main in this process, which a test has forked for it; its output goes to the file `log`."""
     import torch
 
-    from rlhf_min import plots
+    from rlhf_min.support import plots
 
     os.chdir(folder)
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    os.dup2(nothing, 2)
+    for descriptor in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     torch.set_num_threads(1)
     plots._pyplot = lambda: None
     importlib.import_module(script).main(argv)
 
 
 def half_written(folder):
-    """The files and folders of the run that are being written, or were when it was killed."""
-    found = set()
-    for path in Path(folder).rglob("*.new"):
-        with contextlib.suppress(FileNotFoundError):  # it got its name just now
-            found.add((path, path.stat().st_ctime_ns))
-    return found
-
-
-def steps_done(folder):
-    """The lines of metrics.jsonl."""
-    path = Path(folder, "metrics.jsonl")
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    """The files and folders that the run is writing, or was writing when it was killed."""
+    with contextlib.suppress(FileNotFoundError):  # it got its name just now
+        return {(path, path.stat().st_ctime_ns) for path in Path(folder).rglob("*.new")}
+    return set()
 
 
 def kill_one(process, folder, steps, seconds, while_writing):
-    """kill -9 when `steps` are done and then `seconds` have passed, or at the first write after that.
+    """kill -9 when `steps` are done and `seconds` have passed, or at the first write after that.
 
     Returns (killed, while writing).
     """
-    stale = half_written(folder)
-    while process.poll() is None and steps_done(folder) < steps:
-        time.sleep(0.0005)
-    end = time.monotonic() + seconds
+    stale, end = half_written(folder), None
+    metrics = Path(folder, "metrics.jsonl")
     while process.poll() is None:
-        if time.monotonic() > end and (not while_writing or half_written(folder) - stale):
+        if end is None and (metrics.read_bytes().count(b"\n") if metrics.exists() else 0) >= steps:
+            end = time.monotonic() + seconds
+        if end and time.monotonic() > end and (not while_writing or half_written(folder) - stale):
             process.kill()
             process.wait()
             return True, bool(half_written(folder) - stale)
@@ -99,28 +90,26 @@ def kill_one(process, folder, steps, seconds, while_writing):
 
 
 def survive(start, folder, kills, steps, begin_seconds, step_seconds, rng):
-    """Start, kill, start again, ... over a run of `steps`; at last let it finish. Returns (kills, while writing).
+    """Start, kill, start again, ... over a run of `steps`; then let it finish. Returns (kills, kills while writing).
 
     A quarter of the kills comes while a process begins, which takes `begin_seconds`; the last one after the last step.
     """
-    killed = written = 0
+    counts = []
     for i in range(kills):
         begins = i % 4 == 2
         done = 0 if begins else int(steps * (i + rng.random()) / kills) if i < kills - 1 else steps
         seconds = rng.uniform(0, begin_seconds if begins else 2 * step_seconds)
-        died, writing = kill_one(start(), folder, done, seconds, while_writing=i % 2 == 1)
-        killed, written = killed + died, written + writing
-    process = start()
-    if process.wait() != 0:
-        raise RuntimeError(f"the resumed run ended with {process.returncode}")
-    return killed, written
+        counts.append(kill_one(start(), folder, done, seconds, while_writing=i % 2 == 1))
+    if (code := start().wait()) != 0:
+        raise RuntimeError(f"the resumed run ended with {code}")
+    return [sum(column) for column in zip(*counts)]
 
 
 def main():
-    names, failed, rng = sys.argv[1:] or list(COMMANDS), 0, random.Random(0)
+    names, failed, rng = sys.argv[1:] or list(COMMANDS), False, random.Random(0)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as temporary:
-        world = "from rlhf_min import toy; import train_rm; train_rm.prepare_inputs([], toy.MODELS)"
+        world = "from rlhf_min import toy; import train_rm; train_rm.prepare_world(toy.MODELS)"
         subprocess.run([sys.executable, "-c", world], cwd=temporary, env=environment, check=True, capture_output=True)
 
         def start(name, out):
@@ -133,16 +122,14 @@ def main():
             alone, killed = Path(temporary, f"{name}-alone"), Path(temporary, f"{name}-killed")
             if start(name, alone).wait() != 0:
                 raise SystemExit(Path(temporary, "output.txt").read_text())
-            rows = [json.loads(line) for line in Path(alone, "metrics.jsonl").read_text().splitlines()]
-            kills, written = survive(lambda: start(name, killed), killed, KILLS, len(rows), begin_seconds=5,  # noqa: B023
-                                     step_seconds=rows[-1]["step_seconds"], rng=rng)  # fmt: skip
-            one, other = results(alone), results(killed)
+            one, steps = results(alone), len(results(alone)["metrics.jsonl"])
+            kills, written = survive(lambda: start(name, killed), killed, KILLS, steps, 5, 0.05, rng)  # noqa: B023
+            other = results(killed)
             differ = sorted(file for file in one.keys() | other.keys() if one.get(file) != other.get(file))
-            print(f"{name}: killed {kills} times, {written} while writing; {len(one)} files, "
-                  f"{len(other['metrics.jsonl'])} steps: {'DIFFERENT ' + ', '.join(differ) if differ else 'equal'}",
-                  flush=True)  # fmt: skip
-            failed += bool(differ) or kills < KILLS
-    return int(failed > 0)
+            verdict = f"DIFFERENT {', '.join(differ)}" if differ else "equal"
+            print(f"{name}: killed {kills} times, {written} while writing; {steps} steps: {verdict}", flush=True)
+            failed |= bool(differ) or kills < KILLS
+    return int(failed)
 
 
 if __name__ == "__main__":

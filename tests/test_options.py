@@ -1,24 +1,32 @@
-"""Options: flags, configuration files, ranges, and that no option is a promise without a line that keeps it."""
+"""Options: flags, configuration files, ranges, resuming; every option is read by some line of code."""
 
 import dataclasses
 import importlib
-import inspect
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from rlhf_min.errors import UserError
-from rlhf_min.options import option, parse_options
+from evaluate import EvaluateOptions
+from rlhf_min.pretrain import PretrainOptions
+from rlhf_min.support.errors import UserError
+from rlhf_min.support.options import TrainingOptions, check_ranges, option, parse_options
+from train_reinforce import ReinforceOptions
+from train_rm import RewardModelOptions
+from train_warp import WarpOptions
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKS = {"check", "check_rows", "check_sigma", "draw_from", "files", "folder", "judge_specs", "load_prompts", "split"}
+SCRIPTS = [EvaluateOptions, PretrainOptions, ReinforceOptions, RewardModelOptions, WarpOptions]
 
 
 @dataclass
-class Options:
+class Options(TrainingOptions):
     """Options of a script that does not exist."""
+
+    script: ClassVar[str] = "train_nothing.py"
 
     lr: float = option(1e-5, "learning rate, 100 % of it", low=0)
     eta: float = option(0.5, "weight", low=0, high=1)
@@ -34,259 +42,127 @@ def config(tmp_path, text):
     return ["--config", str(tmp_path / "c.yaml")]
 
 
-def scripts():
-    """(module name, its dataclasses of options, its text) of every script and module that parses options."""
-    found = []
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("rlhf_min/*.py"), *ROOT.glob("benchmarks/*.py")]):
-        text = path.read_text(encoding="utf-8")
-        if path.name == "options.py" or "parse_options(" not in text:
-            continue
-        name = path.stem if path.parent == ROOT else f"{path.parent.name}.{path.stem}"
-        module = importlib.import_module(name)
-        classes = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and c.__module__ == name]
-        found.append((name, [c for c in classes if c.__name__.endswith("Options")], text))
-    return found
+def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path):
+    """A flag wins over the file wherever it stands, the file over the default, and each list is a new one."""
+    file = config(tmp_path, "lr: 0.5\nbatch_size: 8\nkeep_all: true\n")
+    for flags in ([*file, "--lr", "0.25", "--no-keep-all"], ["--lr", "0.25", "--no-keep-all", *file]):
+        assert parse_options(Options, flags) == Options(lr=0.25, batch_size=8, keep_all=False)
+    assert parse_options(Options, file).keep_all is True
+    parse_options(Options, []).names.append("b")
+    assert parse_options(Options, []) == Options() and Options().names == ["a"]
 
 
-SCRIPTS = scripts()
-NAMES = [name for name, _, _ in SCRIPTS]
+GOOD = [  # flags, the same in a file, option, value
+    ("--batch-size 8", "batch-size: 8", "batch_size", 8),
+    ("--batch_size=8", "batch_size: 8", "batch_size", 8),
+    ("--names=my_judge=a.b_c", "names: my_judge=a.b_c", "names", ["my_judge=a.b_c"]),  # in a value, _ stays
+    ("--names x y", "names: [x, y]", "names", ["x", "y"]),
+    ("--keep-all", "keep_all: true", "keep_all", True),
+    ("--keep_all --no-keep-all", "keep_all: false", "keep_all", False),
+    ("--lr 1e-4", "lr: 1e-4", "lr", 1e-4),  # a string in YAML 1.1
+    ("--eta 0", "eta: 0", "eta", 0.0),  # the ends of a range are in it
+    ("--eta 1", "eta: '1.0'", "eta", 1.0),
+]
 
 
-def test_defaults_hold_without_flags():
-    """Without a flag every option has its default, and a list default is a new list each time."""
-    first, second = parse_options(Options, []), parse_options(Options, [])
-    assert first == Options() == second
-    first.names.append("b")
-    assert second.names == ["a"]
+@pytest.mark.parametrize("flags, text, name, value", GOOD, ids=[case[0] for case in GOOD])
+def test_flags_and_files_say_the_same(tmp_path, flags, text, name, value):
+    """Dashes and underscores both work, and a value has the type of its option, however it is written."""
+    for argv in (flags.split(), config(tmp_path, text)):
+        found = getattr(parse_options(Options, argv), name)
+        assert found == value and type(found) is type(value)
 
 
-def test_flag_wins_over_file_and_file_over_default(tmp_path):
-    """T59: the flag wins over the file, the file over the default."""
-    file = config(tmp_path, "lr: 0.5\nbatch_size: 8\n")
-    options = parse_options(Options, [*file, "--lr", "0.25"])
-    assert (options.lr, options.batch_size, options.eta) == (0.25, 8, 0.5)
-    assert parse_options(Options, ["--lr", "0.25", *file]).lr == 0.25
+BAD = [  # flags, the same in a file, what the message says
+    ("--batchsize 8", "batchsize: 8", "--batchsize.8; did you mean --batch-size?"),
+    ("--zzz 8", "zzz: 8", "--zzz.8; --help lists the flags"),
+    ("--batch 8", "batch: 8", "--batch"),  # an abbreviation would break the day another flag begins like this one
+    ("stray", "3: 8", "unrecognized arguments"),
+    ("--lr", "lr:", "--lr"),
+    ("--lr fast", "lr: fast", "fast"),
+    ("--kind k3", "kind: k3", "k3"),
+    ("--keep-all=maybe", "keep_all: maybe", "maybe"),
+    ("--eta 1.5", "eta: '1.5'", "--eta must be between 0 and 1"),
+    ("--eta nan", "eta: .nan", "--eta must be between 0 and 1"),
+    ("--lr=-1", "lr: -.inf", "--lr must be at least 0"),
+    ("--resume", "resume: true", "--resume needs --out"),
+    ("--config gone.yaml", "config: other.yaml", "--config"),
+    ("--config .", "kind: 2024-13-45", "--config .* cannot be read"),  # YAML makes a date of it, and fails
+]
 
 
-@pytest.mark.parametrize("flags", [["--batch-size", "8"], ["--batch_size", "8"], ["--batch_size=8"]])
-def test_dashes_and_underscores_both_work_in_flags(flags):
-    """A flag may be written with dashes or with underscores."""
-    assert parse_options(Options, flags).batch_size == 8
+@pytest.mark.parametrize("flags, text, message", BAD, ids=[case[0] for case in BAD])
+def test_mistakes_are_refused(tmp_path, monkeypatch, flags, text, message):
+    """What is unknown, of the wrong type or out of its range is refused by its name, with the nearest flag's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.json").write_text("{}")  # of no account without --out
+    for argv in (flags.split(), config(tmp_path, text)):
+        with pytest.raises(UserError, match=message):
+            parse_options(Options, argv)
 
 
-@pytest.mark.parametrize("key", ["batch-size", "batch_size"])
-def test_dashes_and_underscores_both_work_in_files(tmp_path, key):
-    """A key may be written with dashes or with underscores."""
-    assert parse_options(Options, config(tmp_path, f"{key}: 8\n")).batch_size == 8
+RANGES = {
+    WarpOptions: "--eta=1.01 --eta=nan --mu=-0.01 --runs=0 --iterations=0 --beta=-1 --temperature=0 --max-length=1",
+    ReinforceOptions: "--steps=0 --lr=-1e-5 --lr=nan --batch-size=0 --num-generations=0 --lora-r=-1 --lora-alpha=nan",
+    RewardModelOptions: "--epochs=0 --eval-fraction=1 --lora-dropout=1",
+}
 
 
-def test_underscores_in_values_stay(tmp_path):
-    """Only the flag's name is normalised, not its value."""
-    assert parse_options(Options, ["--names=my_judge=a.b_c"]).names == ["my_judge=a.b_c"]
-    assert parse_options(Options, config(tmp_path, "names: my_judge=a.b_c\n")).names == ["my_judge=a.b_c"]
+@pytest.mark.parametrize("options_class, flag", [(key, flag) for key, row in RANGES.items() for flag in row.split()])
+def test_ranges_of_the_algorithms(options_class, flag):
+    """A number outside the range in which an algorithm is defined is refused."""
+    with pytest.raises(UserError, match=f"{flag.split('=')[0]} must be"):
+        parse_options(options_class, [flag])
 
 
-@pytest.mark.parametrize("text, value", [("1e-4", 1e-4), ("2.0e-3", 2e-3), ("'0.1'", 0.1), ("1", 1.0)])
-def test_numbers_in_yaml_become_floats(tmp_path, text, value):
-    """T59: `1e-4` is a string in YAML 1.1, and an integer may stand for a float; both become floats."""
-    lr = parse_options(Options, config(tmp_path, f"lr: {text}\n")).lr
-    assert lr == value
-    assert type(lr) is float
-
-
-def test_booleans(tmp_path):
-    """A boolean is --flag or --no-flag, and true or false in a file."""
-    assert parse_options(Options, ["--keep-all"]).keep_all is True
-    assert parse_options(Options, ["--keep_all", "--no-keep-all"]).keep_all is False
-    for text, value in (("true", True), ("false", False), ("yes", True)):
-        assert parse_options(Options, config(tmp_path, f"keep_all: {text}\n")).keep_all is value
-    assert parse_options(Options, [*config(tmp_path, "keep_all: true\n"), "--no-keep-all"]).keep_all is False
-
-
-def test_lists(tmp_path):
-    """A list is words behind a flag, and a list or a single word in a file."""
-    assert parse_options(Options, ["--names", "x", "y"]).names == ["x", "y"]
-    assert parse_options(Options, ["--names"]).names == []
-    assert parse_options(Options, config(tmp_path, "names: [x, y]\n")).names == ["x", "y"]
-    assert parse_options(Options, config(tmp_path, "names: x\n")).names == ["x"]
-
-
-@pytest.mark.parametrize(
-    "flags, fragment",
-    [
-        (["--bogus", "1"], "--bogus"),
-        (["--batch", "8"], "--batch"),  # an abbreviation would break the day another flag begins like this one
-        (["--learning-rate", "1"], "--learning-rate"),
-        (["stray"], "stray"),
-        (["--lr"], "--lr"),
-        (["--lr", "fast"], "fast"),
-        (["--batch-size", "1.5"], "1.5"),
-        (["--kind", "k3"], "k3"),
-        (["--keep-all=maybe"], "maybe"),
-    ],
-)
-def test_bad_flags_are_refused(flags, fragment):
-    """T59: a flag that is unknown, abbreviated or of the wrong type is refused by its name."""
-    with pytest.raises(UserError, match=re.escape(fragment)):
-        parse_options(Options, flags)
-
-
-@pytest.mark.parametrize(
-    "text, fragment",
-    [
-        ("batchsize: 8\n", "unknown key 'batchsize'; did you mean batch_size?"),
-        ("zzz: 8\n", "unknown key 'zzz'; --help"),
-        ("config: other.yaml\n", "unknown key 'config'"),
-        ("3: 8\n", "unknown key 3"),
-        ("lr: fast\n", "fast"),
-        ("lr: true\n", "--lr"),
-        ("lr: [1, 2]\n", "2"),
-        ("lr:\n", "--lr"),
-        ("keep_all: maybe\n", "maybe"),
-        ("kind: k3\n", "k3"),
-        ("- lr\n", "must hold lines of the form"),
-        ("", "must hold lines of the form"),
-        ("lr: [1\n", "is not YAML"),
-    ],
-)
-def test_bad_files_are_refused(tmp_path, text, fragment):
-    """T59: an unknown key, a wrong type or a file that is no mapping is refused, and the message names the file."""
-    with pytest.raises(UserError, match=re.escape(fragment)) as error:
-        parse_options(Options, config(tmp_path, text))
-    assert "c.yaml" in str(error.value)
-
-
-def test_a_date_that_is_none_is_refused(tmp_path):
-    """T59: YAML turns 2024-13-45 into a date and fails; that, too, is a mistake of the user's."""
-    with pytest.raises(UserError, match=re.escape("c.yaml")):
-        parse_options(Options, config(tmp_path, "kind: 2024-13-45\n"))
-
-
-@pytest.mark.parametrize("value", ["-0.1", "1.5", "nan", "inf", "-inf"])
-@pytest.mark.parametrize("from_file", [False, True])
-def test_range_is_checked_in_flag_and_file(tmp_path, value, from_file):
-    """T59: a value outside [0, 1], or none at all, is refused wherever it comes from."""
-    flags = config(tmp_path, f"eta: '{value}'\n") if from_file else [f"--eta={value}"]
-    with pytest.raises(UserError, match="--eta must be between 0 and 1"):
-        parse_options(Options, flags)
-
-
-@pytest.mark.parametrize("value", ["0", "1", "0.5"])
-def test_range_is_closed(value):
-    """T47: the ends of [0, 1] are values, too: η = 0 is the init, η = 1 the merged policy."""
-    assert parse_options(Options, ["--eta", value]).eta == float(value)
-
-
-@pytest.mark.parametrize(
-    "flags, fragment",
-    [
-        (["--eta", "1.01"], "--eta"),
-        (["--eta", "nan"], "--eta"),
-        (["--mu", "-0.01"], "--mu"),
-        (["--mu", "2"], "--mu"),
-        (["--runs", "0"], "--runs"),
-        (["--iterations", "0"], "--iterations"),
-        (["--steps", "0"], "--steps"),
-        (["--batch-size", "0"], "--batch-size"),
-        (["--lr=-1e-5"], "--lr"),
-        (["--lr", "nan"], "--lr"),
-        (["--beta", "-1"], "--beta"),
-        (["--temperature", "0"], "--temperature"),
-        (["--max-length", "1"], "--max-length"),
-    ],
-)
-def test_ranges_of_warp(flags, fragment):
-    """T59: the ranges of WARP's numbers are those of its algorithm."""
-    from train_warp import WarpOptions
-
-    with pytest.raises(UserError, match=f"{fragment} must be"):
-        parse_options(WarpOptions, flags)
-
-
-@pytest.mark.parametrize(
-    "flags, fragment",
-    [
-        (["--beta=-0.1"], "--beta"),
-        (["--steps", "0"], "--steps"),
-        (["--num-generations", "0"], "--num-generations"),
-        (["--num-eval-prompts", "2"], "--num-eval-prompts"),
-        (["--sigma-coefficient=-1"], "--sigma-coefficient"),
-        (["--missing-eos-penalty", "-2"], "--missing-eos-penalty"),
-        (["--lora-r=-1"], "--lora-r"),
-        (["--lora-alpha", "nan"], "--lora-alpha"),
-        (["--max-prompt-characters=-5"], "--max-prompt-characters"),
-    ],
-)
-def test_ranges_of_reinforce(flags, fragment):
-    """T59: the ranges of REINFORCE's numbers: penalties are taken from the reward, never added to it."""
-    from train_reinforce import ReinforceOptions
-
-    with pytest.raises(UserError, match=f"{fragment} must be"):
-        parse_options(ReinforceOptions, flags)
-
-
-def test_every_script_is_found():
-    """The tests below run over every script that there is."""
-    scripts = {"train_rm", "train_reinforce", "train_warp", "evaluate", "rlhf_min.pretrain"}
-    benchmarks = {f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts | benchmarks <= set(NAMES)
-    assert all(len(classes) == 1 for _, classes, _ in SCRIPTS)
-
-
-def project_source(module):
-    """The text of a script and of all functions and classes of the project that it uses, and that these use, ..."""
-    ours = lambda value: re.match(r"rlhf_min\.|benchmarks\.|train_|evaluate", getattr(value, "__module__", None) or "")
-    text, seen = inspect.getsource(module), set()
-    queue = [(text, module)]
-    while queue:
-        source, home = queue.pop()
-        for first, name in re.findall(r"\b(?:(\w+)\.)?(\w+)\b", source):
-            owner = getattr(home, first, None) if first else home
-            value = getattr(owner, name, None) if inspect.ismodule(owner) else None
-            if callable(value) and ours(value) and value not in seen and name != "main" and "Options" not in name:
-                seen.add(value)
-                more = inspect.getsource(value)
-                text += more
-                queue.append((more, inspect.getmodule(value)))
-    return text
-
-
-@pytest.mark.parametrize("name, classes, text", SCRIPTS, ids=NAMES)
-def test_every_option_is_read(name, classes, text):
-    """T59: every option of a script is checked, or read as `options.name`, in it or in a function that it calls."""
-    module = importlib.import_module(name)
-    source = project_source(module)
-    if "train_reinforce.main(" in inspect.getsource(module):  # which is given all of them
-        source += project_source(importlib.import_module("train_reinforce"))
-    for base in classes[0].__mro__[:-1]:
-        for method in (
-            value for value in vars(base).values() if inspect.isfunction(value) and value.__name__ in CHECKS
-        ):
-            source += inspect.getsource(method).replace("self.", "options.")
-    names = [field.name for field in dataclasses.fields(classes[0])]
-    unread = [n for n in names if not re.search(rf"\boptions\.{n}\b(?!\s*=[^=])", source)]
-    assert unread == []
-
-
-@pytest.mark.parametrize("name, classes, text", SCRIPTS, ids=NAMES)
-def test_defaults_pass_their_own_checks_and_help_lists_every_flag(name, classes, text, capsys):
-    """The defaults are within their ranges, and --help names every flag and exits with 0."""
-    defaults = parse_options(classes[0], [])
-    for field in dataclasses.fields(defaults):
-        choices = field.metadata["choices"]
-        assert isinstance(getattr(defaults, field.name), field.type), field.name
-        assert choices is None or getattr(defaults, field.name) in choices
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module(name).main(["--help"])
-    assert stop.value.code == 0
-    out = capsys.readouterr().out
-    assert all("--" + field.name.replace("_", "-") in out for field in dataclasses.fields(defaults))
+@pytest.mark.parametrize("options_class", SCRIPTS)
+def test_every_option_is_read_and_every_default_is_allowed(options_class, capsys):
+    """Each option is read as `options.name` or checked as `self.name`, is within its range, and is in --help."""
+    module = importlib.import_module(options_class.__module__)
+    paths = {Path(module.__file__), *ROOT.glob("rlhf_min/**/*.py")} - {ROOT / "rlhf_min/pretrain.py"}
+    source = "".join(path.read_text() for path in paths | {Path(module.__file__)})
+    options = options_class()
+    check_ranges(options)
+    with pytest.raises(SystemExit, match="0"):
+        module.main(["--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(options):
+        assert re.search(rf'\b(options|self)\.{field.name}\b(?!\s*=[^=])|\(options, "{field.name}"', source), field.name
+        assert isinstance(getattr(options, field.name), field.type)
+        assert getattr(options, field.name) in (field.metadata["choices"] or [getattr(options, field.name)])
+        assert f"--{field.name.replace('_', '-')}" in shown
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_file_is_read_by_its_script(path):
-    """T59: a file in configs/ names its script in its first lines, and that script knows all of its keys."""
-    found = re.search(r"python (?:-m )?(\S+?)(?:\.py)? .*--config configs/" + re.escape(path.name), path.read_text())
-    assert found, "no line 'python <script> --config configs/<file>'"
-    (options_class,) = SCRIPTS[NAMES.index(found.group(1).replace("/", "."))][1]
+    """A file in configs/ names its script in its first lines, and that script knows all of its keys."""
+    name = re.search(rf"python (?:-m )?(\S+?)(?:\.py)? .*--config configs/{re.escape(path.name)}", path.read_text())[1]
+    (options_class,) = (script for script in SCRIPTS if script.__module__ == name)
     assert parse_options(options_class, ["--config", str(path)]) != options_class()
+
+
+RESUMED = [  # flags, the options that the run goes on with (None: refused), what the message says
+    ("", {}, ""),
+    ("--save-every 1 --device cuda --precision auto --lr 0.5", {"save_every": 1, "device": "cuda"}, ""),
+    ("--lr 0.25", None, "--lr is 0.5 in run/run.json, not 0.25"),
+    ("--config c.yaml", None, "--eta is 0.25 in run/run.json, not 0.75"),
+]
+
+
+@pytest.mark.parametrize("flags, changes, message", RESUMED, ids=[case[0] or "none" for case in RESUMED])
+def test_resume_goes_on_with_the_options_of_the_run(tmp_path, monkeypatch, flags, changes, message):
+    """Without flags those of the run hold; one that would change the result is refused, with both values."""
+    monkeypatch.chdir(tmp_path)
+    config(tmp_path, "eta: 0.75\n")
+    begun = Options(out="run", device="cpu", precision="fp32", lr=0.5, eta=0.25)
+    run = {"script": Options.script, "options": dataclasses.asdict(begun)}
+    Path("run").mkdir()
+    Path("run/run.json").write_text(json.dumps(run))
+    argv = ["--out", "run", "--resume", *flags.split()]
+    if changes is None:
+        with pytest.raises(UserError, match=message):
+            parse_options(Options, argv)
+    else:
+        assert parse_options(Options, argv) == dataclasses.replace(begun, resume=True, **changes)
+    with pytest.raises(UserError, match=r"a run of train_nothing\.py, not of train_warp\.py"):
+        parse_options(WarpOptions, argv[:3])

@@ -1,6 +1,9 @@
-"""Every script at toy size, end to end, on an embedded world in miniature (the fixture `world`)."""
+"""The scripts: their loops against a second implementation of the formulas, and what a run leaves in its folder.
 
-import importlib.util
+The loops run in float64 on both sides. There rounding does not decide what Adam makes of a gradient that is almost 0.
+"""
+
+import importlib
 import io
 import json
 import math
@@ -8,6 +11,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,21 +20,27 @@ import evaluate
 import train_reinforce
 import train_rm
 import train_warp
-from rlhf_min import models, precision, pretrain, toy
-from rlhf_min.data import load_pairs
+from rlhf_min import evaluation, pretrain, toy
+from rlhf_min.data import encode_pairs, load_pairs, write_jsonl
 from rlhf_min.lora import read_adapter
-from rlhf_min.options import parse_options
-from rlhf_min.reward_model import load_judge
-from rlhf_min.rollout import sample
-from tests.kills import without_seconds
+from rlhf_min.reward_model import load_judge, load_judges
+from rlhf_min.rollout import load_policy, sample
+from rlhf_min.support import precision
+from rlhf_min.support.errors import UserError, one_line_errors
+from rlhf_min.support.models import get_weights, set_weights
+from rlhf_min.support.options import parse_options
+from rlhf_min.support.runlog import RunLog
 
+pytestmark = pytest.mark.usefixtures("in_world")
 ROOT = Path(__file__).parent.parent
-SMALL = ["--steps", "3", "--batch-size", "8", "--num-eval-prompts", "16", "--lr", "1e-3"]
+SMALL = "--steps 3 --batch-size 8 --num-eval-prompts 16 --max-length 20 --lr 1e-2".split()
+EVALUATE = "--num-prompts 16 --batch-size 8 --max-length 20".split()
 
 
 def read_metrics(folder):
     """The lines of metrics.jsonl, without what a clock measured."""
-    return without_seconds([json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()])
+    rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "step_seconds"} for row in rows]
 
 
 def read_summary(folder):
@@ -39,217 +49,423 @@ def read_summary(folder):
 
 def load_weights(name):
     """All weights of a policy by name, {name: tensor}."""
-    return models.get_weights(models.load_policy(str(name), "cpu", 64)[0])
+    return get_weights(load_policy(str(name), "cpu", 32)[0])
 
 
-def count_steps(patch, module):
-    """The optimizers that a script makes from now on, and how often they step."""
-    calls = {"optimizers": [], "steps": 0}
-
-    class CountingOptimizer(precision.Optimizer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            calls["optimizers"].append(self)
-
-        def step(self):
-            calls["steps"] += 1
-            return super().step()
-
-    patch.setattr(module, "Optimizer", CountingOptimizer)
-    return calls
+def assert_equal(weights, expected, atol):
+    """On average over a tensor: Adam may enlarge the rounding of the one gradient in ten thousand that is almost 0."""
+    assert weights.keys() == expected.keys()
+    off = {name: (weights[name] - expected[name]).abs().mean().item() for name in expected}
+    assert not {name: error for name, error in off.items() if not error <= atol}
 
 
-def run_reinforce(world, folder, *flags):
-    """A small run of train_reinforce.py, and what its loop saw: an entry a step, and the prompts of both kinds."""
-    now, seen = {}, {"steps": []}
-    train_policy, judge_policy = train_reinforce.train_policy, train_reinforce.judge_policy
-    kl_estimate, policy_gradient_loss = train_reinforce.kl_estimate, train_reinforce.policy_gradient_loss
-
-    def recording_train_policy(policy, tokenizer, reward_model, prompts, *others):
-        def judge(texts, completions, ended):
-            reward, sigma = reward_model(texts, completions, ended)
-            now.update(prompts=texts, ended=ended.tolist(), reward=reward.tolist(), sigma=sigma.tolist())
-            return reward, sigma
-
-        seen["training"] = [prompt.text for prompt in prompts]
-        return train_policy(policy, tokenizer, judge, prompts, *others)
-
-    def recording_judge_policy(policy, tokenizer, prompts, *others):
-        seen["held_out"] = [prompt.text for prompt in prompts]
-        return judge_policy(policy, tokenizer, prompts, *others)
-
-    def recording_kl_estimate(*arguments):
-        now["kl"] = kl_estimate(*arguments).tolist()
-        return kl_estimate(*arguments)
-
-    def recording_loss(logprobs, advantage, mask):
-        seen["steps"].append({**now, "advantage": advantage.tolist()})
-        return policy_gradient_loss(logprobs, advantage, mask)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(world)
-        seen["calls"] = count_steps(patch, train_reinforce)
-        patch.setattr(train_reinforce, "train_policy", recording_train_policy)
-        patch.setattr(train_reinforce, "judge_policy", recording_judge_policy)
-        patch.setattr(train_reinforce, "kl_estimate", recording_kl_estimate)
-        patch.setattr(train_reinforce, "policy_gradient_loss", recording_loss)
-        train_reinforce.main([*SMALL, *flags, "--out", folder])
-    return world / folder, seen
+# The loops of train_reinforce.py and train_warp.py, once more
 
 
-@pytest.fixture(scope="session")
-def warp_run(world):
-    """One small WARP run that several tests look at, with what its loop called on the way."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(world)
-        calls = count_steps(patch, train_warp)
-        train_warp.main([*SMALL, "--out", "runs/tested"])
-    return world / "runs/tested", calls
+HAND = [*SMALL, *"--max-length 16 --lr 1e-3 --seed 7 --beta 0.5 --max-grad-norm 0".split()]
 
 
-@pytest.fixture(scope="session")
-def lora_warp_run(world):
-    """A small WARP run with adapters of rank 2: I = M = 2, so what it finds has rank 8."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(world)
-        train_warp.main([*SMALL, "--steps", "2", "--lora-r", "2", "--out", "runs/lora-warp"])
-    return world / "runs/lora-warp"
+def begin(options_class, flags, out):
+    """(options, task, log) as a script's main makes them, in float64, and with a reward model that has opinions."""
+    judge = ["--reward-model", toy.ORDINAL_REWARD_MODEL]
+    options = parse_options(options_class, [*HAND, *judge, *flags.split(), "--out", str(out)])
+    task = evaluation.load_task(options, precision.resolve_device(options))
+    task.policy.double()
+    task.judges["reward"].model.score.weight.data *= 20
+    assert not {prompt.text for prompt in task.prompts} & {prompt.text for prompt in task.eval_prompts}
+    return options, task, RunLog(options)
 
 
-@pytest.fixture(scope="session")
-def reinforce_run(world):
-    """One small REINFORCE run of all weights, and what its loop saw."""
-    return run_reinforce(world, "runs/reinforced")
+def batches_by_hand(items, size, generator):
+    """One random order after another, cut into batches."""
+    order = []
+    while True:
+        if len(order) < size:
+            order += torch.randperm(len(items), generator=generator).tolist()
+        yield [items[i] for i in order[:size]]
+        order = order[size:]
 
 
-@pytest.fixture(scope="session")
-def lora_reinforce_run(world):
-    """The same with adapters."""
-    return run_reinforce(world, "runs/lora-reinforced", "--lora-r", "2")
+def adam_step(adam, gradients, limit):
+    """Clip the gradients to the norm `limit`, step, and return the norm."""
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
+    for parameter, gradient in zip(adam.param_groups[0]["params"], gradients):
+        parameter.grad = gradient * min(1.0, limit / norm)
+    adam.step()
+    return norm
 
 
-@pytest.fixture(scope="session")
-def lora_reward_model(world):
-    """The run of an ordinal reward model with adapters and dropout."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(world)
-        flags = ["--head", "ordinal", "--lora-r", "2", "--lora-dropout", "0.1", "--epochs", "1", "--lr", "1e-2"]
-        train_rm.main([*flags, "--accept-weak", "--out", "runs/lora-rm"])
-    return world / "runs/lora-rm"
+def dense(base, theta, options):
+    """The weights that a model computes with: θ itself, or W + ΔW, where ΔW = (α/r) B A; GPT-2 has it transposed."""
+    if not options.lora_r:
+        return theta
+    weights = dict(base)
+    for module in {name.rpartition("lora_")[0] for name in theta}:
+        update = options.lora_alpha / options.lora_r * theta[f"{module}lora_B"] @ theta[f"{module}lora_A"]
+        weights[f"{module}weight"] = base[f"{module}weight"] + update.T
+    return weights
 
 
-def test_warp_writes_what_a_run_is(warp_run):
-    """run.json, metrics.jsonl, summary.json, model/ and merged/, each readable by what reads it."""
-    folder, _ = warp_run
-    run = json.loads((folder / "run.json").read_text())
-    assert run["options"]["lr"] == 1e-3 and run["options"]["mu"] == 0.01 and run["options"]["seed"] == 42
-    summary = json.loads((folder / "summary.json").read_text())
-    front = summary["front"]
-    assert [row["eta"] for row in front] == [0, 0.25, 0.5, 0.75, 1]
-    names = [
-        "eta",
-        "reward",
-        "reward_se",
-        "kl",
-        "kl_se",
-        "gold",
-        "gold_se",
-        "fluency",
-        "length",
-        "eos_rate",
-        "distinct_2",
-    ]
-    assert all(math.isfinite(row[name]) for row in front for name in names)
-    assert len(summary["samples"]) == 3 and summary["mu_T"] == pytest.approx(0.03)
-    for name in ("model", "merged"):
-        models.load_policy(str(folder / name), "cpu", 64)
-    drawn = {path.name for path in folder.glob("*.png")}
-    assert drawn == ({"steps.png", "front.png"} if importlib.util.find_spec("matplotlib") else set())
+def answer_logprobs(model, weights, rollout, temperature):
+    """log π(y|x) of each answer, (B,). The prompts are equally long, so a causal model needs no mask."""
+    count = rollout.mask.shape[1]
+    assert rollout.attention_mask[:, :-count].all()
+    logits = torch.func.functional_call(model, weights, (rollout.tokens,)).logits[:, -count - 1 : -1]
+    logp = (logits / temperature).log_softmax(-1).gather(-1, rollout.tokens[:, -count:, None])[..., 0]
+    return torch.where(rollout.mask, logp, 0.0).sum(-1)
 
 
-def test_warp_metrics_are_complete(warp_run):
-    """A line a step, I · M · T of them, in order; the raw reward is logged, not the shaped one (T16)."""
-    metrics = read_metrics(warp_run[0])
-    position = [(row["iteration"], row["run"], row["step"]) for row in metrics]
+def reinforce_by_hand(task, model, start, base, sft, options, generator):
+    """(θ, metrics of every step) of T steps of REINFORCE. θ, base and sft are plain tensors, {name: tensor}."""
+    o = {"num_generations": 1, "sigma": "off", "baseline": "moving-average", "anchor": "sft", "mu": 0.0}
+    o = SimpleNamespace(**o | vars(options))
+    theta = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
+    ema, past, rows, k, limit = dict(start), [], [], o.num_generations, o.max_grad_norm or math.inf
+    adam = torch.optim.AdamW(theta.values(), lr=o.lr, weight_decay=0.0)
+    for _, few in zip(range(o.steps), batches_by_hand(task.prompts, o.batch_size // k, generator)):
+        batch = [prompt for prompt in few for _ in range(k)]
+        uniform = torch.rand(o.batch_size, o.max_length, generator=generator, dtype=torch.float64)
+        set_weights(model, dense(base, theta, o))
+        rollout = sample(model, [prompt.tokens for prompt in batch], uniform, o.temperature)
+        prompts, rows_of_tokens = [prompt.text for prompt in batch], zip(rollout.completions, rollout.mask)
+        answers = [task.tokenizer.decode(row[mask], skip_special_tokens=True) for row, mask in rows_of_tokens]
+        reward, sigma = task.judges["reward"](prompts, answers, rollout.ended)
+
+        scored = answer_logprobs(model, dense(base, theta, o), rollout, o.temperature)
+        with torch.no_grad():
+            kl = scored - answer_logprobs(model, sft, rollout, o.temperature)
+            ema_kl = scored - answer_logprobs(model, dense(base, ema, o), rollout, o.temperature)
+        anchor_kl = ema_kl if o.anchor == "ema" else kl
+        shaped = reward - (sigma if o.sigma == "penalty" else 0) - o.beta * anchor_kl
+        b = torch.full_like(shaped, sum(past) / max(1, len(past)))
+        if o.baseline == "leave-one-out":
+            groups = shaped.view(-1, k).tolist()
+            b = shaped.new_tensor([(sum(group) - own) / (k - 1) for group in groups for own in group])
+        advantage = (shaped - b) / (1 + (sigma if o.sigma == "advantage" else 0))
+        past += shaped.tolist()
+
+        norm = adam_step(adam, torch.autograd.grad(-(advantage * scored).mean(), [*theta.values()]), limit)
+        ema = {name: (1 - o.mu) * ema[name] + o.mu * theta[name].detach() for name in ema}
+
+        texts = [prompt + answer for prompt, answer in zip(prompts, answers)]
+        gold, fluency = (torch.tensor([judge(text) for text in texts]) for judge in (toy.gold_score, toy.fluency))
+        columns = {"reward": reward, "sigma": sigma, "kl": kl, "baseline": b, "advantage": advantage, "gold": gold}
+        columns |= {"fluency": fluency} | ({"anchor_kl": anchor_kl} if "mu" in vars(options) else {})
+        means = {name: column.double().mean().item() for name, column in columns.items()}
+        rows.append({**means, "grad_norm": norm, "clipped": float(norm > limit), "learning_rate": o.lr})
+    return {name: tensor.detach() for name, tensor in theta.items()}, rows
+
+
+def assert_metrics(metrics, expected):
+    """Every name of `expected` has its value in every line, and the last step is not trivial."""
+    assert len(metrics) == len(expected)
+    for row, wanted in zip(metrics, expected):
+        assert {name: row[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert abs(expected[-1]["kl"]) > 0.01 and expected[-1]["sigma"] > 0.1 and abs(expected[-1]["advantage"]) < 10
+
+
+REINFORCE_ARMS = ["", "--max-grad-norm 0.5 --temperature 1.3", "--baseline leave-one-out --num-generations 4",
+                  "--sigma advantage", "--sigma penalty --num-generations 2", "--lora-r 2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", REINFORCE_ARMS)
+def test_the_loop_of_reinforce_is_the_formula(tmp_path, arm):
+    """The weights and every metric of a run are those of a second implementation, for every option of the advantage."""
+    options, task, log = begin(train_reinforce.ReinforceOptions, arm, tmp_path / "run")
+    model = load_policy(toy.POLICY, "cpu", 16)[0].double()
+    sft, start, generator = get_weights(model), get_weights(task.policy), torch.Generator().manual_seed(7)
+    theta, rows = reinforce_by_hand(task, model, start, sft, sft, options, generator)
+    with log.running():
+        train_reinforce.train_policy(task, train_reinforce.dense_weights(task.policy), options, log)
+    assert_metrics(read_metrics(log.folder), rows)
+    assert_equal(get_weights(task.policy), theta, atol=1e-6)
+    assert all(row["clipped"] == float("max-grad-norm" in arm) for row in rows) and rows[0]["kl"] == 0.0
+
+
+def slerp_by_hand(init, policies, options):
+    """θ_slerp: one angle by block, tensor or model; the m-th task vector enters with λ = 1/m."""
+    groups, merged = {}, {}
+    for name in init:
+        block = ".".join(name.split(".")[:3]) if ".h." in name else name.rpartition(".")[0]
+        groups.setdefault({"block": block, "tensor": name, "model": ""}[options.merge_by], []).append(name)
+    for names in groups.values():
+        deltas = [torch.cat([(theta[name] - init[name]).flatten() for name in names]).double() for theta in policies]
+        delta = deltas[0]
+        for m, other in enumerate(deltas[1:], 2):
+            omega = torch.arccos((delta @ other) / delta.norm() / other.norm())
+            first, second = torch.sin((1 - 1 / m) * omega), torch.sin(omega / m)
+            slerp = (first * delta + second * other) / torch.sin(omega)
+            delta = slerp if options.merge == "slerp" else (1 - 1 / m) * delta + other / m
+        for name, part in zip(names, delta.split([init[name].numel() for name in names])):
+            merged[name] = init[name] + part.view_as(init[name]).to(init[name].dtype)
+    return merged
+
+
+def warp_by_hand(task, options):
+    """(θ_sft, θ_slerp, θ_init, {name: θ^m}, metrics) of Algorithm 1."""
+    model = load_policy(toy.POLICY, "cpu", 16)[0].double()
+    sft = base = get_weights(model)
+    adapted = [name.removesuffix(".lora_A") for name in get_weights(task.policy) if name.endswith(".lora_A")]
+    kept, rows = {}, []
+    for i in range(1, options.iterations + 1):
+        policies = []
+        for m in range(1, options.runs + 1):
+            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + i * 1_009 + m)
+            start = {}
+            for name in adapted:  # A ~ U(−1/√in, 1/√in) and B = 0, anew for every run
+                n_in, n_out = base[f"{name}.weight"].shape
+                uniform = torch.rand(options.lora_r, n_in, generator=generator).double()
+                start[f"{name}.lora_A"] = (2 * uniform - 1) / math.sqrt(n_in)
+                start[f"{name}.lora_B"] = torch.zeros(n_out, options.lora_r, dtype=torch.float64)
+            theta, more = reinforce_by_hand(task, model, start or base, base, sft, options, generator)
+            policies.append(dense(base, theta, options))
+            kept[f"iteration-{i}-run-{m}"] = policies[-1]
+            rows += [{"iteration": i, "run": m, "step": t, **row} for t, row in enumerate(more, 1)]
+        trained = [f"{name}.weight" for name in adapted] or list(base)
+        merged = slerp_by_hand({name: base[name] for name in trained}, policies, options)
+        base = base | {name: (1 - options.eta) * base[name] + options.eta * merged[name] for name in trained}
+    only = lambda weights: {name: weights[name] for name in trained}
+    return only(sft), merged, only(base), {name: only(theta) for name, theta in kept.items()}, rows
+
+
+WARP_ARMS = ["", "--merge linear --anchor sft", "--lora-r 2 --merge-by model",
+             "--runs 3 --iterations 1 --steps 3 --merge-by tensor --max-grad-norm 0.5"]  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", WARP_ARMS)
+def test_the_loops_of_warp_are_algorithm_1(tmp_path, arm):
+    """Every θ^m, θ_slerp, θ_init and metric is that of a second implementation, for every option."""
+    flags = f"--steps 2 --mu 0.3 --eta 0.3 --keep-runs {arm}"
+    options, task, log = begin(train_warp.WarpOptions, flags, tmp_path / "run")
+    *expected, expected_kept, rows = warp_by_hand(task, options)
+    with log.running():
+        *found, kept, geometry = train_warp.train_warp(task, options, log)
+    assert_metrics(read_metrics(log.folder), rows)
+    assert kept.keys() == expected_kept.keys() and len(geometry) == options.iterations
+    for weights, wanted in zip([*found, *kept.values()], [*expected, *expected_kept.values()]):
+        assert_equal(weights, wanted, atol=1e-6)
+    for row in rows:  # the anchor begins anew in every run, and the KL to θ_sft is never forgotten
+        first, ema = row["step"] == 1, options.anchor == "ema"
+        assert (row["anchor_kl"] == 0.0) == (first and (ema or row["iteration"] == 1))
+        assert (row["kl"] == 0.0) == (first and row["iteration"] == 1)
+        assert (row["baseline"] == 0.0) == first
+
+
+# The loop of train_rm.py, once more
+
+
+def pair_loss_by_hand(chosen, rejected, margins, options):
+    """(loss, metrics) of logits (B, K) × 2."""
+    if options.head == "scalar":
+        reward_w, reward_l = chosen[:, 0], rejected[:, 0]
+        loss, middle = torch.log1p(torch.exp(-(reward_w - reward_l - margins))), 0
+    else:
+        p_w, p_l, ratings = chosen.softmax(-1), rejected.softmax(-1), torch.arange(1.0, 11.0, dtype=torch.float64)
+        reward_w, reward_l, middle = p_w @ ratings, p_l @ ratings, 11
+        tie = 0.5 if options.ties == "half" else 0.0
+        wins = (ratings[:, None] > ratings) + tie * torch.eye(10)
+        loss = -torch.einsum("bi,bj,ij->b", p_w, p_l, wins.double()).log()
+    loss = (loss + options.center_coefficient * (reward_w + reward_l - middle) ** 2).mean()
+    accuracy, margin = (reward_w > reward_l).double().mean().item(), (reward_w - reward_l).mean().item()
+    mean = (reward_w + reward_l).mean().item() / 2
+    return loss, {"loss": loss.item(), "accuracy": accuracy, "margin": margin, "mean_reward": mean}
+
+
+def train_rm_by_hand(model, train_rows, eval_rows, options):
+    """(weights, validation, metrics) of train_rm.py. The model sees nothing behind a token."""
+
+    def logits(rows, side):
+        last = [len(row[side]) - 1 for row in rows]
+        tokens = torch.tensor([row[side] + [0] * (max(last) + 1 - len(row[side])) for row in rows])
+        return model.score(model.base_model(tokens).last_hidden_state[range(len(rows)), last])
+
+    def loss_of(rows):
+        margins = torch.tensor([row[2] or 0.0 for row in rows], dtype=torch.float64) if options.margin else 0.0
+        return pair_loss_by_hand(logits(rows, 0), logits(rows, 1), margins, options)
+
+    lines, validations, parts = [], [], options.accumulation_steps
+    batches = batches_by_hand(train_rows, options.batch_size, torch.Generator().manual_seed(options.seed))
+    adam = torch.optim.AdamW(model.parameters(), weight_decay=options.weight_decay)
+    steps = options.epochs * len(train_rows) // (options.batch_size * parts)
+    for step in range(1, steps + 1):
+        losses = [loss_of(next(batches)) for _ in range(parts)]
+        line = {name: sum(metrics[name] for _, metrics in losses) / parts for name in losses[0][1]}
+        gradients = torch.autograd.grad(sum(loss for loss, _ in losses) / parts, [*model.parameters()])
+        warm, rest = step / (options.warmup_steps + 1), (steps - step + 1) / (steps - options.warmup_steps)
+        adam.param_groups[0]["lr"] = rate = options.lr * min(warm, rest)
+        lines.append({**line, "grad_norm": adam_step(adam, gradients, 1.0), "learning_rate": rate})
+        if step % options.eval_every == 0 or step == steps:
+            with torch.no_grad():
+                validation = {f"eval_{name}": value for name, value in loss_of(eval_rows)[1].items()}
+            lines[-1] |= validation
+            validations.append((validation, get_weights(model)))
+    best = min(validations, key=lambda item: item[0]["eval_loss"])
+    assert (best is validations[-1]) == options.margin  # so that `best`, `last` and the first can be told apart
+    validation, weights = best if options.keep == "best" else validations[-1]
+    return weights, validation, lines
+
+
+RM_ARMS = ["--margin --accumulation-steps 2 --center-coefficient 0.1", "--head ordinal --ties half --weight-decay 0.1",
+           "--head ordinal --keep last --center-coefficient 0"]  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", RM_ARMS)
+def test_the_loop_of_train_rm_is_the_formula(tmp_path, arm):
+    """Weights and metrics are those of a second implementation: accumulation, schedule, clipping, what --keep says."""
+    rows = [json.loads(line) for line in Path(toy.TRAIN_PAIRS).read_text().splitlines()]
+    rows = [row | {"margin": i % 3 / 2} for i, row in enumerate(rows[:34])]
+    wrong = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    write_jsonl("loop.jsonl", rows)
+    write_jsonl("loop_eval.jsonl", rows if "--margin" in arm else wrong)  # validation gets better, or worse
+    flags = (
+        f"{arm} --batch-size 8 --epochs 2 --lr 5e-3 --warmup-steps 2 --eval-every 3 --accept-weak --out {tmp_path}/run"
+    )
+    data = ["--data", "loop.jsonl", "--eval-data", "loop_eval.jsonl"]
+    options = parse_options(train_rm.RewardModelOptions, [*data, *flags.split()])
+    device, log = precision.resolve_device(options), RunLog(options)
+    (model, tokenizer), (other, _) = train_rm.load_base(options, device), train_rm.load_base(options, device)
+    for part in (model, other):
+        part.score.weight.data *= 5  # so that the two answers of a pair do not cancel
+    train_rows, eval_rows, _ = train_rm.load_rows(options, tokenizer, 64)
+    weights, expected, lines = train_rm_by_hand(other.double(), train_rows, eval_rows, options)
+    with log.running():
+        validation = train_rm.train(model.double(), tokenizer, train_rows, eval_rows, options, log)
+    assert validation == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    for row, line in zip(read_metrics(log.folder), lines, strict=True):
+        assert row.keys() - {"step", "clipped"} == line.keys()
+        assert {name: row[name] for name in line} == pytest.approx(line, rel=1e-3, abs=1e-4)
+    assert_equal(get_weights(model), weights, atol=5e-5)
+    assert model.training  # validation has turned dropout off, and on again
+    tie = train_rm.pair_loss(torch.zeros(8, 10), torch.zeros(8, 10), train_rows[:8], train_rm.RewardModelOptions())
+    assert tie[1]["accuracy"] == 0  # a tie is an error
+
+
+def test_held_out_pairs_are_none_that_are_trained_on(tmp_path):
+    """Without --eval-data a tenth of the pairs, rounded up, is held out, and each of the rest is trained on."""
+    pairs = [{"prompt": "", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(95)]
+    write_jsonl(tmp_path / "pairs.jsonl", [*pairs, {"prompt": "", "chosen": "same", "rejected": "same"}])
+    options = parse_options(train_rm.RewardModelOptions, ["--data", str(tmp_path / "pairs.jsonl")])
+    _, tokenizer = train_rm.load_base(options, "cpu")
+    rows, eval_rows, dropped = train_rm.load_rows(options, tokenizer, 64)
+    texts = [tokenizer.decode(row[0], skip_special_tokens=True) for row in [*rows, *eval_rows]]
+    assert (len(rows), len(eval_rows), dropped) == (85, 10, "1 identical")
+    assert sorted(texts) == sorted(pair["chosen"] for pair in pairs) != texts
+
+
+# What a run leaves in its folder
+
+
+def session_run(script, flags):
+    """A fixture: the folder of one run in the world, for all tests of this file."""
+
+    @pytest.fixture(scope="session")
+    def folder(world):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(world)
+            patch.setattr("rlhf_min.support.plots._pyplot", lambda: None)
+            out = f"runs/{script.__name__}-{re.sub(r'[^a-z0-9]+', '-', flags)}"
+            script.main([*(SMALL if script is not train_rm else []), *flags.split(), "--out", out])
+        return world / out
+
+    return folder
+
+
+warp_run = session_run(train_warp, "--eta 0.3 --keep-runs")
+lora_warp_run = session_run(train_warp, "--steps 2 --lora-r 2")
+reinforce_run = session_run(train_reinforce, "")
+lora_reinforce_run = session_run(train_reinforce, "--lora-r 2")
+lora_reward_model = session_run(train_rm, "--head ordinal --lora-r 2 --lora-dropout 0.1 --lr 1e-2 --accept-weak")
+
+
+def assert_evaluated(folder, *rows):
+    """Each (row of the summary, policy's folder, answers or None) is what judging that folder anew gives."""
+    options = evaluate.run_options(folder)
+    judges = load_judges([f"reward={toy.REWARD_MODEL}", *toy.JUDGES], torch.device("cpu"))
+    reference, tokenizer = load_policy(toy.POLICY, "cpu", 20)
+    _, prompts = evaluation.prompts_of(options, tokenizer)
+    for saved, name, answers in rows:
+        policy = load_policy(str(name), "cpu", 20)[0]
+        columns = evaluation.judge_policy(policy, tokenizer, prompts, judges, options, reference)
+        row = evaluation.summarise(columns, judges)
+        assert {column: saved[column] for column in row} == pytest.approx(row, abs=1e-4)
+        assert answers in (columns["completion"][:3], None)
+
+
+def test_warp_saves_and_evaluates_what_it_found(warp_run):
+    """merged/ and model/ follow from the θ^m: slerp, (1−η) θ_init + η θ_slerp, and once more. The rows are theirs."""
+    options, sft = evaluate.run_options(warp_run), load_weights(toy.POLICY)
+    init = sft
+    for i in (1, 2):
+        merged = slerp_by_hand(init, [load_weights(warp_run / f"iteration-{i}-run-{m}") for m in (1, 2)], options)
+        init = {name: 0.7 * init[name] + 0.3 * merged[name] for name in init}
+    assert_equal(load_weights(warp_run / "merged"), merged, atol=1e-5)
+    assert_equal(load_weights(warp_run / "model"), init, atol=1e-5)
+    assert max((init[name] - sft[name]).abs().max() for name in sft) > 1e-2
+    summary = read_summary(warp_run)
+    before, after = ([sample[key] for sample in summary["samples"]] for key in ("before", "after"))
+    front, model = summary["front"], summary["model"]
+    assert [row["eta"] for row in front] == [0, 0.25, 0.5, 0.75, 1] and summary["mu_T"] == pytest.approx(0.03)
+    assert front[0]["kl"] == front[0]["kl_se"] == 0.0 < model["kl"]
+    rows = (front[0], toy.POLICY, before), (front[-1], warp_run / "merged", after), (model, warp_run, None)
+    assert_evaluated(warp_run, *rows)
+    position = [(row["iteration"], row["run"], row["step"]) for row in read_metrics(warp_run)]
     assert position == [(i, m, t) for i in (1, 2) for m in (1, 2) for t in (1, 2, 3)]
-    for row in metrics:
-        shaped = row["reward"] - 0.1 * row["anchor_kl"]
-        assert row["advantage"] == pytest.approx(shaped - row["baseline"], abs=1e-4)
 
 
-def test_anchor_starts_at_init_in_every_run(warp_run):
-    """T35, T5: θ_ema is reset for every (i, m), so the KL to it is exactly 0 in a run's first step, and not later."""
-    for row in read_metrics(warp_run[0]):
-        assert (row["anchor_kl"] == 0.0) == (row["step"] == 1), row
+@pytest.mark.parametrize("name", ["reinforce_run", "lora_reinforce_run"])
+def test_reinforce_saves_and_evaluates_what_it_found(request, name):
+    """`before` is θ_sft, at a KL of exactly 0, and `after` is the policy in model/ and, with LoRA, in adapter/."""
+    folder, lora = request.getfixturevalue(name), name.startswith("lora")
+    base, model, summary = load_weights(toy.POLICY), load_weights(folder), read_summary(folder)
+    before, after = ([sample[key] for sample in summary["samples"]] for key in ("before", "after"))
+    assert (summary["before"]["kl"], summary["before"]["kl_se"]) == (0.0, 0.0) and summary["after"]["kl"] > 1e-2
+    rows = (summary["before"], toy.POLICY, before), (summary["after"], folder, after)
+    assert_evaluated(folder, *rows)
+    for key in base:
+        assert model[key].equal(base[key]) == (lora and not key.endswith("attn.c_attn.weight")), key
+    assert (folder / "adapter").exists() == lora
+    if lora:
+        assert_equal(load_weights(folder / "adapter"), model, atol=1e-7)
 
 
-def test_kl_to_sft_starts_at_zero_and_stays_through_iterations(warp_run):
-    """T54: the logged kl is to SFT: exactly 0 at the first step of iteration 1, not 0 at that of iteration 2."""
-    for row in read_metrics(warp_run[0]):
-        if row["step"] == 1:
-            assert (row["kl"] == 0.0) == (row["iteration"] == 1), row
+def test_warp_saves_one_adapter_of_all_runs(lora_warp_run):
+    """I·M adapters of rank r add up to one of rank I·M·r = 8, which gives the dense weights of the run."""
+    base = load_weights(toy.POLICY)
+    for name in ("model", "merged"):
+        found, adapted = load_weights(lora_warp_run / name), load_weights(lora_warp_run / f"{name}_adapter")
+        assert read_adapter(lora_warp_run / f"{name}_adapter")[0]["r"] == 8
+        for key in base:
+            torch.testing.assert_close(adapted[key], found[key], atol=1e-5, rtol=0)
+            if key.endswith("c_attn.weight"):
+                singular_values = torch.linalg.svdvals((found[key] - base[key]).double())
+                assert singular_values[8:].max() < 1e-5 < 1e-3 < singular_values[4]  # more than one iteration's rank
+            else:
+                assert found[key].equal(base[key])  # neither trained nor merged
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_terminal_without_greek_does_not_end_a_run(world, monkeypatch, tmp_path, encoding):
-    """What cannot be printed is replaced, and the run ends as it should."""
-    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    monkeypatch.setattr("sys.stdout", out)
-    train_warp.main([*SMALL, "--iterations", "1", "--out", str(tmp_path / "run")])
-    out.flush()
-    assert b"The front: (1??) ?_sft + ? ?_slerp" in out.buffer.getvalue()
-    assert (tmp_path / "run/summary.json").exists()
+ONE_RUN = {train_reinforce: [], train_warp: ["--iterations", "1", "--runs", "1"]}
 
 
-def test_every_run_has_its_own_optimizer_and_baseline(warp_run):
-    """T38, T52, T17: I · M fresh optimizers, T Adam steps each and no more; b = 0 at a run's first step."""
-    folder, calls = warp_run
-    assert len({id(optimizer) for optimizer in calls["optimizers"]}) == 4
-    for optimizer in calls["optimizers"]:
-        assert {int(state["step"]) for state in optimizer.adam.state.values()} == {3}
-    assert calls["steps"] == 2 * 2 * 3
-    metrics = read_metrics(folder)
-    assert all(row["baseline"] == 0.0 for row in metrics if row["step"] == 1)
-    first, second, third = metrics[:3]
-    shaped = [row["reward"] - 0.1 * row["anchor_kl"] for row in (first, second)]
-    assert second["baseline"] == pytest.approx(shaped[0], abs=1e-5)
-    assert third["baseline"] == pytest.approx(sum(shaped) / 2, abs=1e-5)
+@pytest.mark.parametrize("script, name", [(train_reinforce, "reinforce_run"), (train_warp, "warp_run")])
+def test_a_run_repeats_with_its_seed(request, capsys, script, name):
+    """The same seed repeats every figure. Another one samples otherwise, but evaluates on the same prompts."""
+    metrics, prompts = read_metrics(request.getfixturevalue(name)), []
+    for seed in ("42", "1"):
+        out = f"runs/{name}-{seed}"
+        script.main([*SMALL, *ONE_RUN[script], "--seed", seed, "--out", out])
+        assert (read_metrics(out) == metrics[:3]) == (seed == "42")
+        prompts.append([sample["prompt"] for sample in read_summary(out)["samples"]])
+    assert prompts[0] == prompts[1]
+    assert len({row["reward"] for row in metrics}) == len(metrics)  # every run sees other prompts and numbers
+    table, summary = capsys.readouterr().out, read_summary(out)
+    row = summary.get("model") or summary["after"]
+    assert any(f"| {row['reward']:.3f} ±" in line and "| model/ |" in line for line in table.splitlines())
+    assert sorted(path.name for path in Path(out).iterdir() if path.is_dir()) in (["model"], ["merged", "model"])
 
 
-def test_runs_see_other_prompts_and_a_rerun_the_same(warp_run, in_world):
-    """T51: m = 1 and m = 2 start from the same weights but sample otherwise; the same seed repeats every figure."""
-    folder, _ = warp_run
-    metrics = read_metrics(folder)
-    assert metrics[0]["reward"] != metrics[3]["reward"]
-    train_warp.main([*SMALL, "--out", "runs/again"])
-    assert read_metrics("runs/again") == metrics
-    train_warp.main([*SMALL, "--iterations", "1", "--runs", "1", "--seed", "1", "--out", "runs/other-seed"])
-    assert read_metrics("runs/other-seed")[0]["reward"] != metrics[0]["reward"]
-
-
-def test_front_ends(warp_run, in_world):
-    """T50: η = 0 is θ_sft, at a KL of exactly 0, and η = 1 is θ_slerp of the last iteration, as merged/ has it."""
-    folder, _ = warp_run
-    front = json.loads((folder / "summary.json").read_text())["front"]
-    assert front[0]["kl"] == 0.0 and front[0]["kl_se"] == 0.0 and front[-1]["kl"] > 0
-    evaluate.main(["--front", str(folder), "--num-prompts", "16", "--front-points", "2", "--out", "runs/swept"])
-    rows = json.loads(Path("runs/swept/summary.json").read_text())["rows"]
-    assert [row["eta"] for row in rows] == [0, 1] and rows[0]["kl"] == 0.0 and rows[1]["kl"] > 0
-
-
-def test_model_is_between_sft_and_merged(warp_run, in_world):
-    """T47, T39: with I = 1 model/ = (1−η) θ_sft + η θ_slerp; with μ = 0 the policies, not their EMAs, move it."""
-    train_warp.main([*SMALL, "--iterations", "1", "--eta", "0.3", "--mu", "0", "--out", "runs/eta"])
-    load = lambda name: models.get_weights(models.load_policy(name, "cpu", 64)[0])
-    sft, merged, model = load(toy.POLICY), load("runs/eta/merged"), load("runs/eta/model")
-    assert any((merged[name] - sft[name]).abs().max() > 1e-4 for name in sft)
-    for name in sft:
-        torch.testing.assert_close(model[name], 0.7 * sft[name] + 0.3 * merged[name], atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("module, flags", [(train_warp, ["--iterations", "1", "--runs", "1"]), (train_reinforce, [])])
-def test_skipped_step_leaves_everything_alone(in_world, monkeypatch, module, flags):
-    """T55: in float16 an overflow moves neither the weights nor EMA, baseline or learning rate of a loop."""
+@pytest.mark.parametrize("script", ONE_RUN)
+def test_a_skipped_step_leaves_everything_alone(monkeypatch, tmp_path, script):
+    """In float16 an overflow in step 2 moves neither the weights nor EMA and baseline of a loop."""
 
     class OverflowingOptimizer(precision.Optimizer):
         def __init__(self, *args, **kwargs):
@@ -260,454 +476,170 @@ def test_skipped_step_leaves_everything_alone(in_world, monkeypatch, module, fla
         def step(self):
             self.taken += 1
             if self.taken == 2:
-                self.parameters[0].grad.fill_(float("inf"))
+                self.parameters[0].grad.fill_(math.inf)
             return super().step()
 
-    monkeypatch.setattr(module, "Optimizer", OverflowingOptimizer)
-    out = f"runs/skip-{module.__name__}"
-    module.main([*SMALL, *flags, "--warmup-steps", "5", "--precision", "fp16", "--out", out])
-    first, second, third = read_metrics(out)
-    assert [row["grad_norm"] is None for row in (first, second, third)] == [False, True, False]  # JSON has no inf
-    assert second["learning_rate"] == third["learning_rate"] > first["learning_rate"]
-    assert second["baseline"] == pytest.approx(third["baseline"], abs=1e-6) != first["baseline"]
+    monkeypatch.setattr(script, "Optimizer", OverflowingOptimizer)
+    monkeypatch.setattr(script, "uniform_numbers", lambda count, length, _: torch.full((count, length), 0.6).double())
+    monkeypatch.setattr(script, "Batches", lambda prompts, count, generator: iter(lambda: prompts[:count], None))
+    flags = [*SMALL, *ONE_RUN[script], "--precision", "fp16", "--save-every", "0", "--out", str(tmp_path / "run")]
+    script.main(flags)
+    first, second, third = read_metrics(tmp_path / "run")
+    assert second["grad_norm"] is None and first["baseline"] == 0.0 != second["baseline"]  # JSON has no inf
+    same = ["reward", "kl", "baseline", "advantage", *(["anchor_kl"] if script is train_warp else [])]
+    assert [second[name] for name in same] == [third[name] for name in same]  # the same prompts, numbers and weights
+    assert first["kl"] != second["kl"]
 
 
-def test_warp_with_adapters_starts_from_its_anchor(lora_warp_run):
-    """T35, T49: B = 0 at the first step of every run, so that π_θ is its anchor to the bit; later it is not."""
-    for row in read_metrics(lora_warp_run):
-        assert (row["anchor_kl"] == 0.0) == (row["step"] == 1), row
-        if row["step"] == 1:
-            assert (row["kl"] == 0.0) == (row["iteration"] == 1), row
+def test_evaluation_uses_no_prompt_of_any_training(reinforce_run):
+    """What a named run, or the policy it began with, was trained on is left out, for every policy of the table."""
+    options = parse_options(evaluate.EvaluateOptions, ["--num-prompts", "50", "--policies", toy.POLICY, "--seed", "9"])
+    tokenizer = load_policy(toy.POLICY, "cpu", 20)[1]
+    half = evaluate.draw_prompts([toy.POLICY], tokenizer, options)  # those that would be drawn first
+    write_jsonl("half.jsonl", [{"prompt": prompt.text} for prompt in half])
+    settings = {"prompts": "half.jsonl", "eval_prompts": toy.PROMPTS}, {"policy": "runs/half", "num_eval_prompts": 60}
+    for name, changed in zip(("runs/half", "runs/on-half"), settings):
+        shutil.copytree(reinforce_run, name)
+        record = json.loads((reinforce_run / "run.json").read_text())
+        record["options"] |= changed | {"seed": 5}
+        Path(name, "run.json").write_text(json.dumps(record))
+    for names in (["runs/half"], [toy.POLICY, "runs/half/model"]):
+        drawn = evaluate.draw_prompts(names, tokenizer, options)
+        assert len(drawn) == 50 and not {prompt.text for prompt in drawn} & {prompt.text for prompt in half}
+    with pytest.raises(UserError, match="only 10 distinct prompts that no policy was trained on"):
+        evaluate.draw_prompts(["runs/on-half"], tokenizer, options)  # 40 of the 100 more
+    evaluate.main(["--policies", toy.POLICY, "runs/half", *EVALUATE, "--out", "runs/by-half"])
+    _, held_out = evaluation.prompts_of(evaluate.run_options(str(reinforce_run)), tokenizer)
+    options.num_prompts = 16
+    assert evaluate.draw_prompts([str(reinforce_run)], tokenizer, options) == held_out
 
 
-def test_the_front_of_adapters_starts_at_sft(lora_warp_run, in_world):
-    """T50: η = 0 is θ_sft at a KL of exactly 0, in the run's own front and in the one that evaluate.py sweeps."""
-    front = read_summary(lora_warp_run)["front"]
-    assert front[0]["kl"] == 0.0 and front[0]["kl_se"] == 0.0 and front[-1]["kl"] > 0
-    flags = ["--num-prompts", "16", "--front-points", "2", "--out", "runs/swept-lora"]
-    evaluate.main(["--front", str(lora_warp_run), *flags])
-    rows = read_summary("runs/swept-lora")["rows"]
-    assert rows[0]["kl"] == 0.0
-    for name in ("kl", "reward", "gold", "length"):  # the same prompts, seed and weights
-        assert rows[-1][name] == pytest.approx(front[-1][name], abs=1e-4)
-
-
-@pytest.mark.parametrize("name", ["model", "merged"])
-def test_warp_saves_one_adapter_of_all_runs(lora_warp_run, in_world, name):
-    """T49, T63: I·M adapters of rank r add up to one of rank I·M·r = 8, which gives the dense weights of the run."""
-    config, _ = read_adapter(lora_warp_run / f"{name}_adapter")
-    assert config["r"] == 8
-    base, dense = load_weights(toy.POLICY), load_weights(lora_warp_run / name)
-    adapted = load_weights(lora_warp_run / f"{name}_adapter")
-    for key in base:
-        torch.testing.assert_close(adapted[key], dense[key], atol=1e-6, rtol=0)
-        if key.endswith("c_attn.weight"):
-            singular_values = torch.linalg.svdvals((dense[key] - base[key]).double())
-            assert singular_values[8:].max() < 1e-5 < 1e-4 < singular_values[4]  # more than one iteration's rank
-        else:
-            assert dense[key].equal(base[key])  # neither trained nor merged
-            assert adapted[key].equal(base[key])
-
-
-REINFORCE_METRICS = {
-    "step", "reward", "reward_std", "sigma", "kl", "baseline", "advantage", "entropy", "completions/mean_length",
-    "completions/clipped_ratio", "grad_norm", "learning_rate",
-}  # fmt: skip
-
-
-def test_reinforce_writes_what_a_run_is(reinforce_run, in_world):
-    """run.json, summary.json before and after training, samples, and a model/ that other weights left behind."""
-    folder, _ = reinforce_run
-    run = json.loads((folder / "run.json").read_text())
-    assert run["script"] == "train_reinforce.py" and run["options"]["lr"] == 1e-3 and run["options"]["beta"] == 0.05
-    summary = read_summary(folder)
-    names = {"reward", "reward_se", "kl", "kl_se", "gold", "gold_se", "fluency", "length", "eos_rate", "distinct_2"}
-    for row in (summary["before"], summary["after"]):
-        assert names <= set(row)
-        assert all(math.isfinite(value) for value in row.values())
-    assert [set(sample) for sample in summary["samples"]] == [{"prompt", "before", "after"}] * 3
-    base, trained = load_weights(toy.POLICY), load_weights(folder)
-    assert all((trained[name] - base[name]).abs().max() > 1e-4 for name in base)
-    assert not (folder / "adapter").exists()
-
-
-@pytest.mark.parametrize("run", ["reinforce_run", "lora_reinforce_run"])
-def test_kl_starts_at_exactly_zero(run, request):
-    """T5, T50: before training, and at its first step, the policy is its reference to the bit; afterwards it is not."""
-    folder, seen = request.getfixturevalue(run)
-    summary, metrics = read_summary(folder), read_metrics(folder)
-    assert (summary["before"]["kl"], summary["before"]["kl_se"]) == (0.0, 0.0)
-    assert summary["after"]["kl"] > 0
-    assert [row["kl"] == 0.0 for row in metrics] == [True, False, False]
-    assert seen["steps"][0]["kl"] == [0.0] * 8
-
-
-def test_reinforce_metrics_are_complete(reinforce_run):
-    """T16, T52: a line a step with every name, and as many steps of one optimizer; rewards are raw, per answer."""
-    folder, seen = reinforce_run
-    metrics = read_metrics(folder)
-    assert [row["step"] for row in metrics] == [1, 2, 3]
-    assert seen["calls"]["steps"] == 3 and len(seen["calls"]["optimizers"]) == 1
-    assert {int(state["step"]) for state in seen["calls"]["optimizers"][0].adam.state.values()} == {3}
-    for row, step in zip(metrics, seen["steps"]):
-        assert set(row) == REINFORCE_METRICS
-        assert row["reward"] == pytest.approx(sum(step["reward"]) / 8, abs=1e-5)
-        deviation = math.sqrt(sum((reward - row["reward"]) ** 2 for reward in step["reward"]) / 8)
-        assert row["reward_std"] == pytest.approx(deviation, abs=1e-4)
-        assert row["completions/clipped_ratio"] == pytest.approx(1 - sum(step["ended"]) / 8, abs=1e-6)
-        assert row["sigma"] == 0.0 and row["entropy"] > 0 and row["completions/mean_length"] >= 1
-        assert row["learning_rate"] == 1e-3
-
-
-@pytest.mark.parametrize("run", ["reinforce_run", "lora_reinforce_run"])
-def test_baseline_is_the_mean_of_all_past_shaped_rewards(run, request):
-    """T17: b = 0 at first, then the mean of R = r − β kl over all steps before, recomputed from the metrics alone."""
-    metrics = read_metrics(request.getfixturevalue(run)[0])
-    shaped = [row["reward"] - 0.05 * row["kl"] for row in metrics]
-    assert metrics[0]["baseline"] == 0.0
-    for i, row in enumerate(metrics):
-        assert row["baseline"] == pytest.approx(sum(shaped[:i]) / max(1, i), abs=1e-5)
-        assert row["advantage"] == pytest.approx(shaped[i] - row["baseline"], abs=1e-5)
-
-
-def test_training_prompts_are_not_evaluated_on(reinforce_run, in_world):
-    """T26: the 100 prompts of the world are split, 84 to train on and 16 held out; a step's prompts are of the 84."""
-    _, seen = reinforce_run
-    training, held_out = set(seen["training"]), set(seen["held_out"])
-    assert (len(training), len(held_out), training & held_out) == (84, 16, set())
-    assert all(set(step["prompts"]) <= training for step in seen["steps"])
-    assert len({prompt for step in seen["steps"] for prompt in step["prompts"]}) == 24  # other ones at every step
-
-
-def test_reinforce_repeats_with_its_seed(reinforce_run, in_world):
-    """T51: the same seed gives the same bytes of metrics.jsonl, another seed other ones."""
-    folder, _ = reinforce_run
-    train_reinforce.main([*SMALL, "--out", "runs/reinforced-again"])
-    assert read_metrics("runs/reinforced-again") == read_metrics(folder)
-    train_reinforce.main([*SMALL, "--steps", "1", "--seed", "1", "--out", "runs/reinforced-otherwise"])
-    first, other = read_metrics(folder)[0], read_metrics("runs/reinforced-otherwise")[0]
-    assert first["reward"] != other["reward"] and first["entropy"] != other["entropy"]
-
-
-def advantages_by_hand(steps, beta, lam=0.0, missing_eos=0.0, weighted=False, k=None):
-    """A = (R − b) f(σ) of every answer, where R = r − λσ − p [no EOS] − β kl, from what judge and loop said."""
-    past, expected = [], []
-    for step in steps:
-        columns = [step[name] for name in ("reward", "sigma", "ended", "kl")]
-        shaped = [r - lam * s - missing_eos * (not ended) - beta * kl for r, s, ended, kl in zip(*columns)]
-        b = [sum(past) / max(1, len(past))] * len(shaped)
-        if k:
-            groups = [shaped[i - i % k : i - i % k + k] for i in range(len(shaped))]
-            b = [(sum(group) - own) / (k - 1) for group, own in zip(groups, shaped)]
-        weights = [1 / (1 + s) if weighted else 1.0 for s in step["sigma"]]
-        expected.append([(own - mean) * f for own, mean, f in zip(shaped, b, weights)])
-        past += shaped
-    return expected
-
-
-ORDINAL = ["--reward-model", toy.ORDINAL_REWARD_MODEL, "--max-length", "24", "--lr", "1e-2"]
-ARMS = {
-    "advantage": (["--sigma", "advantage", "--missing-eos-penalty", "3"],
-                  {"weighted": True, "missing_eos": 3.0}),
-    "penalty": (["--sigma", "penalty", "--sigma-coefficient", "0.5", "--beta", "2"], {"lam": 0.5, "beta": 2.0}),
-    "leave-one-out": (["--baseline", "leave-one-out", "--num-generations", "4", "--beta", "2"], {"k": 4, "beta": 2.0}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_advantages_are_those_of_the_formula(world, arm):
-    """T16, T18, T22, T33: σ, KL, a missing EOS and both baselines enter the advantage as documented, and nowhere else.
-
-    The judge's rating, not what is left of it, is what is logged.
-    """
-    flags, settings = ARMS[arm]
-    folder, seen = run_reinforce(world, f"runs/arm-{arm}", *ORDINAL, *flags)
-    expected = advantages_by_hand(seen["steps"], **{"beta": 0.05, **settings})
-    ended = [end for step in seen["steps"] for end in step["ended"]]
-    assert 0 < sum(ended) < len(ended) == 24
-    assert all(abs(kl) > 1e-4 for kl in seen["steps"][2]["kl"])
-    for row, step, advantage in zip(read_metrics(folder), seen["steps"], expected, strict=True):
-        assert min(step["sigma"]) > 0.1
-        assert step["advantage"] == pytest.approx(advantage, abs=1e-4)
-        assert row["reward"] == pytest.approx(sum(step["reward"]) / 8, abs=1e-4)
-        assert row["sigma"] == pytest.approx(sum(step["sigma"]) / 8, abs=1e-4)
-        if arm == "leave-one-out":
-            assert row["advantage"] == pytest.approx(0.0, abs=1e-5)
-            shaped = [reward - 2.0 * kl for reward, kl in zip(step["reward"], step["kl"])]
-            assert row["baseline"] == pytest.approx(sum(shaped) / 8, abs=1e-4)
-            assert len(step["prompts"]) == 8  # --batch-size counts answers
-            assert [len(set(step["prompts"][i : i + 4])) for i in (0, 4)] == [1, 1]
-            assert len(set(step["prompts"])) == 2
-            assert len(set(step["advantage"][:4])) > 1
-
-
-def test_only_adapted_weights_move(lora_reinforce_run, in_world):
-    """T12, T63: W + ΔW of the adapted modules differ from the base, everything else is its copy bit for bit."""
-    folder, _ = lora_reinforce_run
-    base, model, adapter = (load_weights(name) for name in (toy.POLICY, folder, folder / "adapter"))
-    for name in base:
-        torch.testing.assert_close(model[name], adapter[name], atol=1e-7, rtol=0)
-        assert model[name].equal(base[name]) != name.endswith("attn.c_attn.weight"), name
-    config, tensors = read_adapter(folder / "adapter")
-    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2, 32, f"{toy.POLICY}/model")
-    assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) and tensors[key].any() for key in tensors)
-
-
-def test_evaluation_agrees_with_the_run(lora_reinforce_run, in_world):
-    """T50: the KL that the run reports against its adapters turned off is the one between the two saved policies."""
-    folder, _ = lora_reinforce_run
-    policies = [toy.POLICY, str(folder), str(folder / "adapter")]
-    evaluate.main(["--policies", *policies, "--num-prompts", "16", "--out", "runs/evaluated-lora"])
-    base, model, adapter = read_summary("runs/evaluated-lora")["rows"]
-    summary = read_summary(folder)
-    for name in ("reward", "kl", "gold", "fluency", "length", "eos_rate"):
-        assert base[name] == pytest.approx(summary["before"][name], abs=1e-4)
-        assert model[name] == pytest.approx(summary["after"][name], abs=1e-4)
-        assert adapter[name] == pytest.approx(model[name], abs=1e-5)
-
-
-def test_an_adapter_can_be_trained_on(lora_reinforce_run, in_world):
-    """T63: --policy takes adapter/, and the second adapter is one on the first, so model/ and adapter/ are the same."""
-    folder, _ = lora_reinforce_run
-    flags = [*SMALL, "--steps", "1", "--lora-r", "3", "--lora-target-modules", "c_fc"]
-    train_reinforce.main([*flags, "--policy", str(folder / "adapter"), "--out", "runs/second"])
-    model, adapter, first = (load_weights(name) for name in ("runs/second", "runs/second/adapter", folder))
-    for name in model:
-        torch.testing.assert_close(adapter[name], model[name], atol=1e-6, rtol=0)
-        assert torch.allclose(model[name], first[name], atol=1e-6, rtol=0) != name.endswith("c_fc.weight"), name
-
-
-def test_pretraining_learns_and_ends_texts(world):
-    """The toy policy's loss falls, and what it samples ends in EOS more often than by chance."""
-    loss = [row["loss"] for row in read_metrics(world / toy.POLICY)]
-    assert loss[-1] < 0.7 * loss[0]
-    policy, tokenizer = models.load_policy(str(world / toy.POLICY), "cpu", 64)
-    prompts = [tokenizer("This drama")["input_ids"]] * 32
-    rollout = sample(policy, prompts, 64, 1.0, tokenizer.eos_token_id, tokenizer.pad_token_id, torch.Generator())
-    assert rollout.ended.float().mean() > 0.3  # 54 uniform draws from 600 tokens would end 9 % of the answers
-
-
-def test_reward_model_says_what_it_dropped(in_world, capsys):
-    """Pairs that are identical or too long are dropped, counted and named; accuracy and margin are in the log."""
-    rows = [{"prompt": "x", "chosen": " It was good.", "rejected": " It was bad."}] * 40
-    rows += [{"prompt": "x", "chosen": " same", "rejected": " same"}] * 2
-    rows += [{"prompt": "x", "chosen": " The plot was weak." * 30, "rejected": " bad"}] * 3
-    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train_rm.main(
-        [
-            "--data",
-            "pairs.jsonl",
-            "--max-length",
-            "60",
-            "--batch-size",
-            "8",
-            "--accept-weak",
-            "--eval-every",
-            "2",
-            "--out",
-            "runs/drop",
-        ]
-    )
-    assert "2 identical" in capsys.readouterr().out
-    summary = json.loads(Path("runs/drop/summary.json").read_text())
-    assert summary["dropped"] == {"identical": 2, "longer than 60 tokens": 3}
-    assert summary["train_pairs"] + summary["eval_pairs"] == 40
-    assert {"eval_loss", "eval_accuracy", "eval_margin"} <= set(read_metrics("runs/drop")[1])
-
-
-def test_accumulation_equals_a_large_batch(in_world):
-    """Two passes of 8 pairs with accumulation take the same step as one of 16, up to rounding."""
-    common = ["--epochs", "1", "--accept-weak", "--center-coefficient", "0.1", "--eval-every", "100", "--keep", "last"]
-    train_rm.main([*common, "--batch-size", "16", "--out", "runs/large"])
-    train_rm.main([*common, "--batch-size", "8", "--accumulation-steps", "2", "--out", "runs/accumulated"])
-    large, accumulated = read_metrics("runs/large"), read_metrics("runs/accumulated")
-    assert len(large) == len(accumulated) == 6
-    for a, b in zip(large, accumulated):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
-
-
-def test_evaluate_compares_with_the_first(warp_run, in_world):
-    """T60: a policy against itself has difference 0, win rate ½ and KL 0; another one has a KL above 0."""
-    policies = [toy.POLICY, toy.POLICY, str(warp_run[0])]
-    evaluate.main(["--policies", *policies, "--num-prompts", "16", "--out", "runs/compared"])
-    first, again, trained = json.loads(Path("runs/compared/summary.json").read_text())["rows"]
+def test_evaluate_compares_with_the_first(reinforce_run, lora_reinforce_run):
+    """A policy against itself has difference 0, win rate ½ and KL 0. The other rows are those of their runs."""
+    policies = [toy.POLICY, toy.POLICY, str(reinforce_run), str(lora_reinforce_run / "adapter")]
+    evaluate.main(["--policies", *policies, *EVALUATE, "--out", "runs/compared"])
+    first, again, *trained = read_summary("runs/compared")["rows"]
     assert again["reward_delta"] == 0 and again["reward_win_rate"] == 0.5 and again["kl"] == 0
-    assert trained["kl"] > 0 and trained["reward_delta_low"] <= trained["reward_delta"] <= trained["reward_delta_high"]
-    assert "reward_delta" not in first
-    assert "| runs/toy/policy |" in Path("runs/compared/table.md").read_text()
+    assert "reward_delta" not in first and first["gold_z"] == 0
+    for row, folder in zip(trained, (reinforce_run, lora_reinforce_run)):
+        after = read_summary(folder)["after"]
+        assert all(row[name] == pytest.approx(after[name], abs=1e-4) for name in after.keys() - {"eta"})
+        assert row["reward_delta_low"] <= row["reward_delta"] <= row["reward_delta_high"]
+        assert row["reward_delta"] == pytest.approx(after["reward"] - first["reward"], abs=1e-4)
+        assert row["reward_z"] == pytest.approx(row["reward_delta"] / (first["reward_se"] * math.sqrt(16)), rel=1e-2)
+    assert f"| {reinforce_run} |" in Path("runs/compared/table.md").read_text()
 
 
-def test_an_ordinal_reward_model_has_ten_ratings(world, lora_reward_model):
-    """T32: the labels are "1" to "10", in this order, so that any tool that reads the model knows what they are."""
-    for folder in (world / toy.ORDINAL_REWARD_MODEL, lora_reward_model):
-        config = json.loads((folder / "model" / "config.json").read_text())
-        assert config["id2label"] == {str(i): str(i + 1) for i in range(10)}
-        assert config["label2id"] == {str(i + 1): i for i in range(10)}
-        loss = [row["loss"] for row in read_metrics(folder)]
-        assert loss[0] == pytest.approx(-math.log(0.45), abs=0.3)  # near what equal ratings have, not ln 2: strict ties
+def test_evaluate_shows_the_fronts_of_runs(warp_run, lora_warp_run):
+    """--front puts the fronts that the runs have written down into one table."""
+    runs = [str(warp_run), str(lora_warp_run)]
+    evaluate.main(["--front", *runs, "--out", "runs/fronts"])
+    assert read_summary("runs/fronts")["rows"] == [{"run": r, **row} for r in runs for row in read_summary(r)["front"]]
 
 
-def test_a_reward_model_with_adapters_is_saved_whole(lora_reward_model, in_world):
-    """T64: model/ and adapter/, head included, score as the model that was validated, with dropout off."""
-    pairs, _ = load_pairs(toy.EVAL_PAIRS)
+def test_a_reward_model_with_adapters_is_saved_whole(lora_reward_model):
+    """model/ and adapter/, head included, score as what was validated; all but adapters and head is the base's."""
     options = train_rm.RewardModelOptions(head="ordinal", precision="fp32")
-    summary, logits = read_summary(lora_reward_model), []
+    pairs, summary, logits = load_pairs(toy.EVAL_PAIRS)[0], read_summary(lora_reward_model), []
     for name in ("model", "adapter"):
         judge = load_judge(str(lora_reward_model / name), "cpu")
-        rows, _ = train_rm.encode_pairs(pairs, judge.tokenizer, 64)
+        rows, _ = encode_pairs(pairs, judge.tokenizer, 64)
         metrics = train_rm.evaluate_pairs(judge.model, rows, judge.tokenizer, options)
         assert metrics == pytest.approx({key: summary[key] for key in metrics}, abs=1e-5)
         logits.append(judge.logits([row[0] for row in rows]))
+        assert judge.model.config.id2label == {i: str(i + 1) for i in range(10)}
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
     assert logits[0].std(0).min() > 1e-3
-
-
-def test_adapters_and_head_are_all_that_a_reward_model_trains(lora_reward_model, in_world):
-    """T64: everything but the adapted matrices and the head is the base's, bit for bit; the head is in the adapter."""
-    base = load_weights(toy.POLICY)
-    model = dict(load_judge(str(lora_reward_model), "cpu").model.named_parameters())
-    assert set(model) - set(base) == {"score.weight"}
-    for name in set(model) & set(base):
+    base, model = load_weights(toy.POLICY), dict(judge.model.named_parameters())
+    for name in set(model) - {"score.weight"}:
         assert model[name].equal(base[name]) != name.endswith("attn.c_attn.weight"), name
-    config, tensors = read_adapter(lora_reward_model / "adapter")
-    assert (config["task_type"], config["modules_to_save"], config["lora_dropout"]) == ("SEQ_CLS", ["score"], 0.1)
-    assert tensors["score.weight"].equal(model["score.weight"])
 
 
-def test_policies_are_compared_at_the_same_kl(reinforce_run, lora_reinforce_run, in_world, capsys):
-    """T60, T27: with --match-kl a policy further off is moved back to that KL, a nearer one stays; z of SFT is 0."""
-    runs = {str(folder): read_summary(folder)["after"]["kl"] for folder, _ in (reinforce_run, lora_reinforce_run)}
-    near, far = sorted(runs, key=runs.get)
-    target = (runs[near] + runs[far]) / 2
-    flags = ["--num-prompts", "16", "--match-kl", str(target), "--out", "runs/matched"]
-    evaluate.main(["--policies", toy.POLICY, near, far, *flags])
-    reference, kept, moved = read_summary("runs/matched")["rows"]
-    assert (reference["eta"], reference["kl"], reference["reward_z"], reference["gold_z"]) == (1.0, 0.0, 0.0, 0.0)
-    assert kept["eta"] == 1.0 and kept["kl"] == pytest.approx(runs[near], abs=1e-4)
-    assert 0 < moved["eta"] < 1 and moved["kl"] == pytest.approx(target, rel=0.1)
-    error = reference["reward_se"] * math.sqrt(16)
-    assert kept["reward_z"] == pytest.approx((kept["reward"] - reference["reward"]) / error)
-    assert "| eta |" in Path("runs/matched/table.md").read_text() and "reward_z" in capsys.readouterr().out
+def test_a_reward_model_that_learnt_nothing_is_not_saved(tmp_path, capsys):
+    """An accuracy that is not above chance by 3 standard errors ends in one line, and there is no model/."""
+    rows = [{"prompt": "", "chosen": f"film {i % 7}", "rejected": f"film {i * i % 5}!"} for i in range(60)]
+    rows += [{"prompt": "", "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    write_jsonl("weak.jsonl", rows)
+    flags = ["--data", "weak.jsonl", "--epochs", "1", "--eval-fraction", "0.5", "--out", str(tmp_path / "weak")]
+    with pytest.raises(SystemExit, match="2"):
+        train_rm.main(flags)
+    assert "is not above 0.694, chance + 3 standard errors" in capsys.readouterr().err
+    assert not (tmp_path / "weak/model").exists() and train_rm.threshold([0] * 100) == 0.65
 
 
-def test_a_run_without_a_model_is_not_cached(tmp_path):
-    """A run that was interrupted is resumed, a refused reward model is made anew, a finished run is left alone."""
-    calls, folder = [], tmp_path / "run"
-
-    def main(argv):
-        calls.append(argv)
-        (folder / "model").mkdir(parents=True)
-        (folder / "summary.json").write_text("{}")
-
-    folder.mkdir()
-    (folder / "run.json").write_text("{}")
-    toy.ensure_run(str(folder), main)
-    shutil.rmtree(folder / "model")
-    toy.ensure_run(str(folder), main)
-    toy.ensure_run(str(folder), main)
-    assert calls == [["--out", str(folder), "--resume"], ["--out", str(folder)]]
+def test_pretraining_learns_from_the_texts_of_the_world(monkeypatch, tmp_path):
+    """On a fresh machine, too, the README's command finds them, and the loss falls."""
+    monkeypatch.chdir(tmp_path)
+    write = toy.write_world
+    monkeypatch.setattr(toy, "write_world", lambda to: write(to, reviews=100, train_pairs=4, eval_pairs=4, prompts=4))
+    pretrain.main("--epochs 4 --batch-size 8 --width 32 --layers 1 --out run".split())
+    loss = [row["loss"] for row in read_metrics("run")]
+    assert loss[-1] < 0.7 * loss[0] and Path("run/model").is_dir()
 
 
 def test_every_model_of_the_world_that_is_named_is_made(monkeypatch, tmp_path):
-    """Policies, reward models and further judges alike, and the default judges of evaluate.py."""
+    """A name makes what it needs, unless it is there: the texts, and the run of a model; another name makes nothing."""
     made = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(toy, "ensure_texts", lambda: made.append("texts"))
-    monkeypatch.setattr(toy, "ensure_run", lambda folder, main, flags=(): made.append(Path(folder).name))
-    ordinal = ["--judges", f"o={toy.ORDINAL_REWARD_MODEL}"]
-    for options_class, argv, names in (
-        (train_reinforce.ReinforceOptions, ordinal, ["policy", "reward_model", "ordinal_reward_model"]),
-        (train_warp.WarpOptions, ["--policy", "other"], ["policy", "reward_model"]),
-        (train_rm.RewardModelOptions, [], ["policy"]),
-        (evaluate.EvaluateOptions, ["--policies", toy.POLICY], ["policy", "reward_model"]),
-        (evaluate.EvaluateOptions, ["--policies", "other", *ordinal], ["policy", "ordinal_reward_model"]),
+    Path(toy.POLICY).mkdir(parents=True)
+    monkeypatch.setattr(toy, "write_world", lambda folder: made.append("texts"))
+    for module in (pretrain, train_rm):
+        monkeypatch.setattr(module, "main", lambda flags: made.append(" ".join([Path(flags[1]).name, *flags[2:]])))
+    for names, wanted in (
+        (["owner/name", "pairs.jsonl"], []),
+        ([toy.PROMPTS], ["texts"]),
+        ([toy.REWARD_MODEL], ["texts", "reward_model --resume"]),  # whose main makes the policy
+        (
+            [toy.ORDINAL_REWARD_MODEL, toy.POLICY],
+            ["texts", "policy --resume", "ordinal_reward_model --resume --head ordinal"],
+        ),
+        ([toy.POLICY], ["texts"]),
     ):
-        options = parse_options(options_class, argv)
-        train_rm.prepare_inputs(options.files(), options.model_names())
-        assert made == ["texts", *names]
         made.clear()
+        train_rm.prepare_world(names)
+        assert made == wanted
+        "policy --resume" in made and Path(toy.POLICY, "summary.json").touch()
 
 
-def test_pretraining_makes_the_texts_of_the_world(monkeypatch, tmp_path):
-    """On a fresh machine, too, the README's command finds them."""
-    monkeypatch.chdir(tmp_path)
-    write = toy.write_world
-    monkeypatch.setattr(
-        toy, "write_world", lambda folder: write(folder, reviews=30, train_pairs=4, eval_pairs=4, prompts=4)
-    )
-    pretrain.main(["--data", toy.REVIEWS, "--epochs", "1", "--width", "32", "--out", "run"])
-    assert Path("run/model").is_dir()
+def test_a_terminal_without_greek_does_not_end_a_run(monkeypatch):
+    """What cannot be printed is replaced by a question mark."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr("sys.stdout", out)
+    one_line_errors(lambda: print("(1−η) θ_sft", flush=True))()
+    assert out.buffer.getvalue() == b"(1??) ?_sft\n"
 
 
-def readme_commands():
-    """The python commands in the README's code, blocks and spans; .ci/run has those of pip, pytest and mutants.py."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    code = [line.rpartition("&&")[2].strip() for block in blocks for line in block.splitlines()]
-    code += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
-    return sorted({line for line in code if line.startswith("python ") and "tests/" not in line})
+# The documents
 
 
-def split_command(command):
-    """(module, flags) of `python script.py ...` or `python -m module ...`."""
-    _, script, *flags = shlex.split(command, comments=True)
-    if script == "-m":
-        script, *flags = flags
-    return importlib.import_module(script.removesuffix(".py").replace("/", ".")), flags
+DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
+PROGRAMS = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("benchmarks/*.py")) + [ROOT / "rlhf_min/pretrain.py"]
 
 
-def parse_flags(module, flags):
-    """The options of a script with these flags."""
-    classes = [c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__]
-    (options,) = (c for c in classes if c.__name__.endswith("Options"))
-    return module.parse_options(options, flags)
-
-
-SAMPLING = ["--batch-size", "8", "--max-length", "32"]
-SMALL_FLAGS = {
-    "train_warp": [*SAMPLING, "--steps", "1", "--num-eval-prompts", "8", "--iterations", "1"],
-    "train_reinforce": [*SAMPLING, "--steps", "1", "--num-eval-prompts", "8"],
-    "train_rm": ["--epochs", "1", "--accept-weak"],
-    "evaluate": [*SAMPLING, "--num-prompts", "8"],
-    "rlhf_min.pretrain": ["--epochs", "1"],
-}
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands(command, request, in_world):
-    """Every command of the README runs, at toy size; benchmarks and what is for real data only have to be readable."""
-    (in_world / "configs").exists() or (in_world / "configs").symlink_to(ROOT / "configs")
-    module, flags = split_command(command)
-    if "--config" in flags or module.__name__.startswith("benchmarks."):
-        assert not parse_flags(module, flags).out.startswith("-")
-        return
-    for i, flag in enumerate(flags):
-        if re.search(r"runs/(warp|reinforce|rm)-\d", flag):
-            fixture = "lora_reinforce_run" if "runs/reinforce" in flag else "warp_run"
-            fixture = "lora_warp_run" if "_adapter" in flag else "lora_reward_model" if "runs/rm" in flag else fixture
-            run = request.getfixturevalue(fixture)
-            flags[i] = re.sub(r"runs/\w+-\d", str(run[0] if isinstance(run, tuple) else run), flag)
-    name = re.sub(r"\W+", "-", command)
-    if "--out" in flags:
-        flags[flags.index("--out") + 1] = f"runs/{name}"
-    else:
-        flags += ["--out", f"runs/{name}"]
-    module.main([*flags, *SMALL_FLAGS[module.__name__]])
-    assert (in_world / "runs" / name / "summary.json").exists()
-
-
-def documented_commands():
-    """The commands of scripts and modules in docs/ and in docstrings: indented lines, and spans of code."""
-    found = []
-    for path in sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]):
-        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-        found += re.findall(r"^ {4}(python .*)$", text, re.MULTILINE) + re.findall(r"`(python [^`\n]+)`", text)
-    return sorted({command for command in found if "tests/" not in command and "-m pytest" not in command})
-
-
-@pytest.mark.parametrize("command", documented_commands())
-def test_documented_commands_are_readable(command, monkeypatch):
-    """T59: every command in docs/ and in a script's docstring has flags and configuration keys that there are."""
+@pytest.mark.parametrize("name", [*DOCUMENTS, *(str(path.relative_to(ROOT)) for path in PROGRAMS)])
+def test_documented_commands_are_readable(monkeypatch, name):
+    """Every python command in README.md, docs/ and docstrings has flags and configuration keys that there are."""
     monkeypatch.chdir(ROOT)
-    parse_flags(*split_command(command))
+    text = Path(name).read_text(encoding="utf-8").replace("\\\n", " ")
+    start = r"(?:python|torchrun --nproc-per-node \d+) (?!tests/|-m pytest|-m venv|-m pip)"
+    found = re.findall(rf"^(?: {{4}}|.*&& )?{start}(.*)$", text, re.MULTILINE)
+    found += re.findall(rf"`{start}([^`\n]+)`", text)
+    for command in found:
+        script, *flags = shlex.split(command.removeprefix("-m "), comments=True)
+        if script.endswith(".py") and "parse_options" not in Path(script).read_text(encoding="utf-8"):
+            continue  # a program without options, e.g. one that draws a figure
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        (options,) = (c for n, c in vars(module).items() if n.endswith("Options") and c.__module__ == module.__name__)
+        try:
+            parse_options(options, flags)
+        except UserError as error:
+            assert "no WARP run in runs/" in str(error), command
+    assert name != "README.md" or len(found) > 5
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_code_fences_balance(name):
+    """Every fence stands alone on its line and is closed; a tool that wraps lines breaks that."""
+    fences = [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if "```" in line]
+    assert all(re.fullmatch(r"```\w*", line) for line in fences)
+    assert len(fences) % 2 == 0 and set(fences[1::2]) <= {"```"}

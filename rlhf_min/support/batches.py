@@ -1,4 +1,4 @@
-"""Rows into batches: the order of the data, and padding."""
+"""Rows into batches: their order, and padding."""
 
 import torch
 
@@ -9,7 +9,7 @@ def shuffle(items, generator):
 
 
 def pad(rows, pad_token_id, device, side="right"):
-    """B lists of token ids → tokens (B, L), attention_mask (B, L), True on the tokens that are real."""
+    """B lists of token ids → tokens (B, L), attention_mask (B, L) bool, True on the real tokens."""
     width = max(map(len, rows))
     filler = [[pad_token_id] * (width - len(row)) for row in rows]
     tokens = [row + fill if side == "right" else fill + row for row, fill in zip(rows, filler)]
@@ -18,8 +18,25 @@ def pad(rows, pad_token_id, device, side="right"):
     return torch.tensor(tokens, device=device), columns < lengths if side == "right" else columns >= width - lengths
 
 
+def group_by_length(rows, device):
+    """[[positions of rows of similar length]]: padding costs a third of a reward model's time on a CPU.
+
+    A new group begins where it saves more padding than a forward pass costs, which is about 128 tokens on a CPU. On a
+    GPU a pass costs more than a batch has, so there is one group.
+    """
+    if device.type != "cpu":
+        return [list(range(len(rows)))]
+    groups, longest = [], 0
+    for done, i in enumerate(sorted(range(len(rows)), key=lambda i: -len(rows[i]))):
+        if not groups or (longest - len(rows[i])) * (len(rows) - done) >= 128:
+            groups.append([])
+            longest = len(rows[i])
+        groups[-1].append(i)
+    return groups
+
+
 class Batches:
-    """An endless iterator: a new random order each epoch, whose remainder goes into the next one's first batch."""
+    """An endless iterator: a new random order each epoch, whose remainder goes into the next epoch's first batch."""
 
     def __init__(self, items, batch_size, generator):
         self.items, self.batch_size, self.generator = items, batch_size, generator
@@ -35,7 +52,7 @@ class Batches:
         return [self.items[i] for i in batch]
 
     def state_dict(self):
-        """What a checkpoint needs: where in the epoch it is, and the generator, which others may draw from, too."""
+        """Where in the epoch it is, and the generator, which others may draw from, too."""
         return {"queue": list(self.queue), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state):

@@ -1,0 +1,1 @@
+"""Machinery with nothing of RLHF in it. Nobody needs it to follow a script."""

@@ -1,0 +1,273 @@
+"""What a run leaves behind, run.json, metrics.jsonl (a line a step) and summary.json, and how it is resumed."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from tqdm import tqdm
+
+from . import parallel
+from .errors import Stopped, UserError, explain, first_line
+from .files import read_json, whole, write_json
+
+SHOWN = {"loss", "accuracy", "reward", "kl"}
+
+
+class RandomState:
+    """torch's global random generators, which dropout draws from."""
+
+    def state_dict(self):
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def load_state_dict(self, state):
+        torch.set_rng_state(state["cpu"].cpu())
+        for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda.cpu(), device)
+
+
+def snapshot(state):
+    """A state, {name: what a step changes}, as torch.save takes it: an object gives its state_dict."""
+    if isinstance(state, dict):
+        return {name: snapshot(value) for name, value in state.items()}
+    return state.state_dict() if hasattr(state, "state_dict") else state
+
+
+@torch.no_grad()
+def restore(state, saved):
+    """Put a snapshot back where it was taken: into the tensors, dictionaries and objects of `state`, in place."""
+    for name, value in saved.items():
+        target = state.get(name)
+        if isinstance(target, dict):
+            restore(target, value)
+        elif isinstance(target, torch.Tensor):
+            target.copy_(value)
+        elif hasattr(target, "load_state_dict"):
+            target.load_state_dict(value)
+        else:
+            state[name] = value
+
+
+def save_checkpoint(path, **values):
+    """Write {name: tensors, numbers, texts, in dictionaries, lists and tuples}."""
+    with whole(path) as new, open(new, "wb") as file:  # a file that torch opens would not say that the disk is full
+        torch.save(values, file)
+
+
+def load_checkpoint(path, device="cpu"):
+    """What save_checkpoint wrote, or None where there is no file. No code in it can run."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # of the six kinds that a broken file raises
+        if explain(error):
+            raise  # the file may be whole: there is no memory, or the disk fails
+        why = f"{path} is no whole checkpoint ({first_line(error)})"
+        raise UserError(f"{why}; remove the folder {path.parent} to begin the run anew") from None
+
+
+class RunLog:
+    """The folder of a run and what is written to it. Nothing is written before `running`, when all input has been read.
+
+    `<folder>/checkpoint/` holds what --resume continues from; it is gone when the run has finished. Of a team of
+    processes the first one writes its steps. Of several teams, each writes a file of its own in checkpoint/.
+    """
+
+    def __init__(self, options, team=parallel.ALONE):
+        if parallel.world_size() > 1 and team is parallel.ALONE:
+            raise UserError(f"{options.script} runs in one process; start it without torchrun")
+        self.options, self.team, self.writes = options, team, parallel.rank() == 0
+        self.save_every = getattr(options, "save_every", 0)
+        self.folder = Path(options.out) if options.out else next_folder(options.script)
+        check_folder(self.folder, getattr(options, "resume", None))
+        self.folder = Path(parallel.gather_objects(str(self.folder))[0])
+        self._checkpoints = self.folder / "checkpoint"
+        one_team = self.folder / "metrics.jsonl"
+        self._metrics = one_team if team.count == 1 else self._checkpoints / f"metrics-{team.number}.jsonl"
+        self._state = self._checkpoints / f"state-{team.number}.pt"
+        self._start = self._last_step = time.perf_counter()
+        self._saved = None  # the state of the loop that was interrupted, until a loop begins
+        self._in_step = self._stop = False
+        self._bar = self._lines = None
+
+    @contextlib.contextmanager
+    def running(self):
+        """`with log.running():` make the folder and run.json, or go on in them; an interrupt says how to go on."""
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._begin()
+            for number, handler in handlers.items():
+                if self.save_every and handler is not signal.SIG_IGN:  # what a shell starts with & ignores SIGINT
+                    signal.signal(number, self._stop_after_step)
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            known = explain(error)
+            if known is None or (known is error and not isinstance(known, Stopped)) or not self.save_every:
+                raise
+            n = parallel.world_size()
+            python = "python" if n == 1 else f"torchrun --nproc-per-node {n}"
+            command = f"{python} {self.options.script} --out {self.folder} --resume"
+            raise type(known)(f"{known}; to go on: {command}") from None
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for handle in filter(None, (self._bar, self._lines)):
+                with contextlib.suppress(OSError):  # what a full disk did not take cannot be flushed now either
+                    handle.close()
+
+    def _stop_after_step(self, number, frame):
+        """Ctrl-C or SIGTERM in a step lets the step finish and be saved; a second one stops at once.
+
+        Of several processes each would finish another step, so they stop at once.
+        """
+        if not self._in_step or self._stop or parallel.world_size() > 1:
+            raise KeyboardInterrupt
+        self._stop = True
+        os.write(2, b"\nfinishing this step, to save it; once more stops at once\n")  # print is not reentrant
+
+    def _begin(self):
+        """Make the folder and run.json, or read what the next loop goes on with."""
+        versions = {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
+        run = {
+            "script": self.options.script,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "options": dataclasses.asdict(self.options) | {"out": str(self.folder)},
+            "commit": git_commit(),
+            "versions": {"python": platform.python_version(), **versions},
+            "threads": torch.get_num_threads(),
+            "processes": parallel.world_size(),
+        }
+        path = self.folder / "run.json"
+        if path.exists():
+            begun = read_json(path)
+            if begun["processes"] != run["processes"]:
+                raise UserError(f"--resume: the run has {begun['processes']} processes, not {run['processes']}")
+            run = begun | {"resumed": [*begun.get("resumed", []), {key: run[key] for key in ("commit", "threads")}]}
+        self._saved = load_checkpoint(self._state)
+        if self.writes:
+            write_json(path, run)
+        self._metrics.parent.mkdir(parents=True, exist_ok=True)
+        if self.team.index == 0 and hasattr(self.options, "resume"):  # evaluate.py has no steps
+            self._lines = open(self._metrics, "ab")  # noqa: SIM115
+            self._lines.truncate(self._saved["metrics_bytes"] if self._saved else 0)  # what follows is done again
+        if self._saved:
+            self._start -= self._saved["seconds"]
+        if self._saved and self.team.index == 0:
+            print(f"resumed: {self._saved['title']}, after step {self._saved['step']}")
+
+    def progress(self, title, steps, state):
+        """Yield 1, ..., `steps` under a progress bar on stderr, with checkpoints of `state()`: what a step changes.
+
+        A resumed run puts the saved state back into `state()` and goes on with the step behind it.
+        """
+        done, saved, self._saved = 0, self._saved, None
+        if saved and saved["title"] == title:
+            done = saved["step"]
+            restore(state() | {"random": RandomState()}, saved["state"] | {"random": saved["random"][self.team.index]})
+        self._last_step = time.perf_counter()
+        quiet = True if self.team.index else None  # None: shown where stderr is a terminal
+        self._bar = tqdm(desc=title, initial=done, total=steps, mininterval=0.5, dynamic_ncols=True, disable=quiet)
+        for step in range(done + 1, steps + 1):
+            self._in_step = True
+            yield step
+            self._bar.update()
+            if self.save_every and (self._stop or step == steps or step % self.save_every == 0):
+                self._save(self._state, title=title, step=step, state=snapshot(state()))
+            self._in_step = False
+            if self._stop:
+                raise Stopped(f"stopped after step {step} of {steps}, {title}")
+        self._bar.close()
+
+    def _save(self, path, **values):
+        random = self.team.gather_objects(RandomState().state_dict())
+        if self.team.index == 0:
+            seconds = time.perf_counter() - self._start
+            save_checkpoint(path, **values, metrics_bytes=self._lines.tell(), seconds=seconds, random=random)
+
+    def once(self, name, make, *args):
+        """make(*args), or what it returned before the run was interrupted: tensors, numbers, texts, in dicts, lists."""
+        path = self._checkpoints / f"{name}.pt"
+        saved = load_checkpoint(path, self.options.device)
+        if saved:
+            RandomState().load_state_dict(saved["random"][self.team.index])
+            return saved["value"]
+        value = make(*args)
+        if self.save_every:
+            self._save(path, value=value)
+        return value
+
+    def step(self, **metrics):
+        """Write a line of metrics.jsonl; the names in SHOWN go behind the progress bar, too."""
+        now = time.perf_counter()
+        metrics["step_seconds"], self._last_step = round(now - self._last_step, 4), now
+        if self._lines:
+            self._lines.write(json.dumps(_finite(metrics)).encode() + b"\n")
+            self._lines.flush()
+        self._bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN & metrics.keys()}, refresh=False)
+
+    def metrics(self):
+        """All lines, of all teams, in the order in which one process would have written them."""
+        texts = [path.read_text("ascii") for path in self._metrics.parent.glob("metrics*.jsonl")]
+        rows = [json.loads(line) for text in texts for line in text.splitlines()]
+        return sorted(rows, key=lambda row: (row.get("iteration", 0), row.get("run", 0), row["step"]))
+
+    def finish(self, **summary):
+        """Write summary.json, and say where everything is."""
+        if self.team.count > 1:
+            with whole(self.folder / "metrics.jsonl") as new:
+                new.write_text("".join(json.dumps(row) + "\n" for row in self.metrics()), "ascii")
+        summary["wall_seconds"] = round(time.perf_counter() - self._start, 1)
+        write_json(self.folder / "summary.json", _finite(summary))
+        shutil.rmtree(self._checkpoints, ignore_errors=True)
+        print(f"written to {self.folder}/: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
+
+
+def next_folder(script):
+    """The first of runs/<script>-1, runs/<script>-2, ... that is free."""
+    name = re.split("[./]", script.removesuffix(".py"))[-1].removeprefix("train_")
+    return next(folder for n in count(1) if not (folder := Path("runs", f"{name}-{n}")).exists())
+
+
+def check_folder(folder, resume):
+    """UserError unless the folder is free, or holds a run to resume. A finished run is left alone, with exit code 0."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out {folder} cannot be made: {there} is no folder that can be written")
+    begun = resume and (folder / "run.json").exists()
+    if begun and (folder / "summary.json").exists():
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # it was killed at the very end
+        print(f"the run in {folder} has finished: nothing to resume")
+        raise SystemExit(0)
+    if not begun and any(not path.name.endswith(".new") for path in folder.glob("*")):  # .new: half written
+        remedy = "name a new folder" + (", or add --resume" if resume is False else "")
+        raise UserError(f"--out {folder} holds another run or other files; {remedy}")
+
+
+def git_commit():
+    """The commit of the code that runs, or None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):  # no git
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+
+def _finite(value):
+    """JSON has no NaN: a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,7 +3,7 @@
     python tests/mutants.py [part of a file name, e.g. warp]
 
 Each mutant is one sign, index, comparison or factor, in a temporary copy of the repository. Exit code 1 where one
-survives, or where the text to replace does not stand in its file exactly once. It takes four minutes on two cores.
+survives, or where the text to replace does not stand in its file exactly once. It takes five minutes on two cores.
 """
 
 import multiprocessing

@@ -203,7 +203,6 @@ class RunLog:
         path = self._checkpoints / f"{name}.pt"
         saved = load_checkpoint(path, self.options.device)
         if saved:
-            RandomState().load_state_dict(saved["random"][self.team.index])
             return saved["value"]
         value = make(*args)
         if self.save_every:

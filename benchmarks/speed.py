@@ -134,6 +134,8 @@ class Turns:
 def work(line, name, side, options):
     """A process's work: the turns of one side of a row. What goes wrong is sent in place of a report."""
     set_threads(options)
+    if side == "ours":
+        keep_memory()  # as resolve_device does in every script
     row, turns = ROWS[name], Turns(line, options)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -309,7 +311,6 @@ class Sampling:
     def ours(self, folder, options, turns):
         model = load_plain_model(AutoModelForCausalLM, folder).to(options.device).eval()  # as load_policy does
         prompts, generator = self.prompts.tolist(), torch.Generator()
-        keep_memory()  # as the optimizer does in training
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = -1, 0
 
         def turn():
@@ -339,7 +340,6 @@ class Merge:
         pass
 
     def ours(self, folder, options, turns):
-        keep_memory()  # as the optimizer has done when train_warp.py merges
         init, *policies = (get_weights(gpt2(SMALL).to(options.device)) for _ in range(3))
         for policy in policies:
             for tensor in policy.values():

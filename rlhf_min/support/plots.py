@@ -53,9 +53,10 @@ def plot_front(fronts, judge_names, path):
             x, y = ([row[key] for row in rows] for key in ("kl", name))
             x_error, y_error = ([row[f"{key}_se"] for row in rows] for key in ("kl", name))
             panel.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o-", capsize=2, label=label)
-            for row in (rows[0], rows[-1]):
+            for row, side, shift in ((rows[0], "left", 5), (rows[-1], "right", -5)):
                 if "eta" in row:
-                    panel.annotate(f"η={row['eta']:g}", (row["kl"], row[name]), fontsize=7)
+                    place = {"xytext": (shift, -10), "textcoords": "offset points", "ha": side}
+                    panel.annotate(f"η={row['eta']:g}", (row["kl"], row[name]), fontsize=7, **place)
         panel.set(xlabel="KL to θ_sft, nats per answer", ylabel=name)
 
     draw(judge_names, fill, path, (4.0, 3.4))

@@ -24,7 +24,7 @@ from rlhf_min.reward_model import load_judges, named_judges
 from rlhf_min.rollout import load_policy
 from rlhf_min.support.errors import UserError, one_line_errors
 from rlhf_min.support.files import read_json
-from rlhf_min.support.options import RunOptions, option, parse_options
+from rlhf_min.support.options import option, parse_options
 from rlhf_min.support.plots import plot_front
 from rlhf_min.support.precision import resolve_device
 from rlhf_min.support.runlog import RunLog
@@ -32,7 +32,7 @@ from train_rm import prepare_world
 
 
 @dataclass
-class EvaluateOptions(RunOptions):
+class EvaluateOptions(evaluation.SamplingOptions):
     """Compare policies with the first one under judges, or the fronts of WARP runs."""
 
     script: ClassVar[str] = "evaluate.py"
@@ -41,13 +41,7 @@ class EvaluateOptions(RunOptions):
     match_kl: float = option(0.0, "compare at this KL to the first policy, in nats per answer; 0 as they are", low=0)
     front: list = option([], "finished WARP runs whose fronts go into one table and plot, instead of --policies")
     judges: list = option([], "name=spec (default: those of the embedded world)")
-    prompts: str = option(toy.PROMPTS, "x: lines with 'prompt', or with 'text', whose first tokens are the prompt")
-    prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
-    max_prompt_characters: int = option(0, "leave out longer prompts; 0 keeps all", low=0)
     num_prompts: int = option(256, "how many prompts to evaluate on", low=2)
-    temperature: float = option(0.7, "of sampling and scoring: it belongs to the policy", low=0.01)
-    max_length: int = option(64, "tokens of prompt and answer", low=2)
-    batch_size: int = option(64, "answers at a time", low=1)
 
     def check(self):
         if self.front and (self.policies or self.match_kl):

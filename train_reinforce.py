@@ -23,7 +23,7 @@ import torch
 from rlhf_min import reinforce
 from rlhf_min.evaluation import TaskOptions, format_table, load_task, print_samples, sweep_front
 from rlhf_min.lora import dense_weights, lora_disabled, merge_lora, save_adapter
-from rlhf_min.reward_model import judge_answers
+from rlhf_min.reward_model import judge_answers, named_judges
 from rlhf_min.rollout import sample, token_logprobs, uniform_numbers
 from rlhf_min.support import parallel
 from rlhf_min.support.batches import Batches
@@ -111,7 +111,7 @@ def main(argv=None):
     options = parse_options(ReinforceOptions, argv)
     device = resolve_device(options)
     log = RunLog(options, parallel.join(options.batch_size, options.num_generations))
-    prepare_world([options.prompts, options.policy, options.reward_model])
+    prepare_world([options.prompts, options.policy, options.reward_model, *named_judges(options.judges).values()])
     task = load_task(options, device)
     if options.sigma != "off" and not task.judges["reward"].has_sigma:
         raise UserError(f"--sigma {options.sigma}: {options.reward_model} gives no σ; name an ordinal reward model")

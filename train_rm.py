@@ -27,21 +27,21 @@ import torch
 
 from rlhf_min import pretrain, toy
 from rlhf_min.data import encode_pairs, load_pairs
-from rlhf_min.lora import add_lora, lora_layers, merge_lora, save_adapter
+from rlhf_min.lora import LoRAOptions, add_lora, lora_layers, merge_lora, save_adapter
 from rlhf_min.losses import ordinal_loss, pairwise_loss
 from rlhf_min.reward_model import load_classifier, reward_and_sigma, row_logits
 from rlhf_min.support import parallel
 from rlhf_min.support.batches import Batches, shuffle
 from rlhf_min.support.errors import UserError, one_line_errors
 from rlhf_min.support.models import context_length, get_weights, save_model, set_weights, trained_weights
-from rlhf_min.support.options import TrainingOptions, option, parse_options
+from rlhf_min.support.options import option, parse_options
 from rlhf_min.support.plots import plot_metrics
 from rlhf_min.support.precision import Optimizer, autocast, resolve_device
 from rlhf_min.support.runlog import RunLog
 
 
 @dataclass
-class RewardModelOptions(TrainingOptions):
+class RewardModelOptions(LoRAOptions):
     """Train a reward model on preference pairs."""
 
     script: ClassVar[str] = "train_rm.py"
@@ -61,10 +61,7 @@ class RewardModelOptions(TrainingOptions):
     accumulation_steps: int = option(1, "forward passes per optimizer step", low=1)
     max_length: int = option(512, "tokens; longer pairs are dropped, longer labelled texts keep their beginning", low=8)
     center_coefficient: float = option(0.01, "c of c (r_w + r_l)², or of c (E_w + E_l − 11)²", low=0)
-    lora_r: int = option(0, "rank r of LoRA's adapters; 0 trains all weights", low=0)
-    lora_alpha: float = option(32.0, "α: the update is scaled by α/r", low=1e-6)
     lora_dropout: float = option(0.0, "dropout in front of the adapters", low=0, high=0.99)
-    lora_target_modules: list = option([], "last names of the modules with an adapter (default: queries and values)")
     eval_every: int = option(50, "optimizer steps between validations", low=1)
     keep: str = option("best", "save the weights of the best validation loss, or the last", choices=["best", "last"])
     accept_weak: bool = option(False, "save the model even if it does not beat chance by 3 standard errors")

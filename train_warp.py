@@ -24,7 +24,7 @@ import torch
 from rlhf_min import reinforce, warp
 from rlhf_min.evaluation import TaskOptions, format_table, judge_weights, load_task, print_samples, sweep_front
 from rlhf_min.lora import dense_weights, lora_disabled, merge_lora, reset_lora, save_adapter, set_adapters
-from rlhf_min.reward_model import judge_answers
+from rlhf_min.reward_model import judge_answers, named_judges
 from rlhf_min.rollout import sample, token_logprobs, uniform_numbers
 from rlhf_min.support import parallel
 from rlhf_min.support.batches import Batches
@@ -154,7 +154,7 @@ def main(argv=None):
     options = parse_options(WarpOptions, argv)
     device = resolve_device(options)
     log = RunLog(options, parallel.join(options.batch_size, runs=options.runs))
-    prepare_world([options.prompts, options.policy, options.reward_model])
+    prepare_world([options.prompts, options.policy, options.reward_model, *named_judges(options.judges).values()])
     task = load_task(options, device)
 
     with log.running():

@@ -11,13 +11,13 @@ from torch import nn
 
 from . import toy
 from .data import load_prompts, split_prompts
-from .lora import add_lora, lora_disabled
+from .lora import LoRAOptions, add_lora, lora_disabled
 from .reinforce import prefix_kl
 from .reward_model import judge_answers, load_judges
 from .rollout import completion_logits, load_policy, sample, uniform_numbers
 from .support.errors import UserError
 from .support.models import get_weights, set_weights
-from .support.options import TrainingOptions, option
+from .support.options import RunOptions, option
 from .support.precision import autocast
 from .warp import interpolate
 
@@ -25,24 +25,27 @@ ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a front
 
 
 @dataclass
-class TaskOptions(TrainingOptions):
+class SamplingOptions(RunOptions):
+    """What every script has that samples answers."""
+
+    prompts: str = option(toy.PROMPTS, "x: lines with 'prompt', or with 'text', whose first tokens are the prompt")
+    prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
+    max_prompt_characters: int = option(0, "leave out longer prompts; 0 keeps all", low=0)
+    temperature: float = option(0.7, "of sampling and scoring: it belongs to the policy", low=0.01)
+    max_length: int = option(64, "tokens of prompt and answer", low=2)
+    batch_size: int = option(64, "answers at a time", low=1)
+
+
+@dataclass
+class TaskOptions(SamplingOptions, LoRAOptions):
     """What names a Task: the policy, its judges, its prompts, and how it is trained."""
 
     policy: str = option(toy.POLICY, "π_sft: a run folder, a transformers folder, an adapter or a hub name")
     reward_model: str = option(toy.REWARD_MODEL, "r: a reward model of either head, or package.module.function")
     judges: list = option([], "name=spec of other judges: watched, not trained on (the embedded world has its own)")
-    prompts: str = option(toy.PROMPTS, "x: lines with 'prompt', or with 'text', whose first tokens are the prompt")
-    prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
-    max_prompt_characters: int = option(0, "leave out longer prompts; 0 keeps all", low=0)
     eval_prompts: str = option("", "prompts of the evaluation (default: some of --prompts are held out)")
     num_eval_prompts: int = option(256, "how many prompts to evaluate on", low=2)
-    temperature: float = option(0.7, "of sampling and scoring: it belongs to the policy", low=0.01)
-    max_length: int = option(64, "tokens of prompt and answer", low=2)
-    batch_size: int = option(64, "answers of a step", low=1)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 never clips", low=0)
-    lora_r: int = option(0, "rank r of LoRA's adapters; 0 trains all weights", low=0)
-    lora_alpha: float = option(32.0, "α: the update is scaled by α/r", low=1e-6)
-    lora_target_modules: list = option([], "last names of the modules with an adapter (default: queries and values)")
 
 
 class Task(NamedTuple):

@@ -9,6 +9,7 @@ of the mean of two B A.
 
 import contextlib
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,10 +21,25 @@ from transformers.pytorch_utils import Conv1D
 from .support.errors import UserError, first_line
 from .support.files import read_json, whole, write_json
 from .support.models import HEADS, base_of, find_model, get_weights, is_adapter, is_head, load_plain_model
+from .support.options import TrainingOptions, option
 
 TARGETS = ("q_proj", "v_proj", "c_attn", "q_lin", "v_lin", "query", "value")  # Llama, GPT-2, DistilBERT, BERT
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")
+
+
+@dataclass
+class LoRAOptions(TrainingOptions):
+    """What every script has that can train adapters."""
+
+    lora_r: int = option(0, "rank r of LoRA's adapters; 0 trains all weights", low=0)
+    lora_alpha: float = option(32.0, "α: the update is scaled by α/r", low=1e-6)
+    lora_target_modules: list = option([], "last names of the modules with an adapter (default: queries and values)")
+
+    def check(self):
+        super().check()
+        if self.lora_target_modules and not self.lora_r:
+            raise UserError("--lora-target-modules goes with LoRA only; set --lora-r, or leave it out")
 
 
 class LoRALayer(nn.Module):

@@ -117,7 +117,9 @@ def main(argv=None):
         steps = train_language_model(model, rows, tokenizer.pad_token_id, options, log)
         save_model(model.eval(), tokenizer, log.folder / "model")
         parameters = sum(p.numel() for p in model.parameters())
-        log.finish(texts=len(texts), sequences=len(rows), steps=steps, parameters=parameters, **log.metrics()[-1])
+        log.finish(
+            texts=len(texts), sequences=len(rows), steps=steps, parameters=parameters, loss=log.metrics()[-1]["loss"]
+        )
 
 
 if __name__ == "__main__":

@@ -50,8 +50,6 @@ class TrainingOptions(RunOptions):
     def check(self):
         if self.resume and not self.out:
             raise UserError("--resume needs --out, the folder of the interrupted run")
-        if not getattr(self, "lora_r", 1) and self.lora_target_modules:
-            raise UserError("--lora-target-modules goes with LoRA only; set --lora-r, or leave it out")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -205,8 +205,8 @@ class RunLog:
         if saved:
             return saved["value"]
         value = make(*args)
-        if self.save_every:
-            self._save(path, value=value)
+        if self.save_every and self.team.index == 0:
+            save_checkpoint(path, value=value)
         return value
 
     def step(self, **metrics):

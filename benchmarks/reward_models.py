@@ -72,7 +72,10 @@ def measure(judge, pairs, ratings, max_length=512):
     rows = [row for found in encoded for row in found]  # a pair that is too long has none
     if not rows:
         raise UserError(f"no pair fits into --max-length {max_length}; raise it")
-    logits_w, logits_l = (judge.logits([row[i] for row in rows]) for i in (0, 1))  # (N, K) each
+    batches = [rows[start : start + 64] for start in range(0, len(rows), 64)]
+    logits_w, logits_l = (
+        torch.cat([judge.logits([row[i] for row in batch]) for batch in batches]) for i in (0, 1)
+    )  # (N, K) each
     (reward_w, sigma_w), (reward_l, sigma_l) = reward_and_sigma(logits_w), reward_and_sigma(logits_l)
     ordinal = logits_w.shape[1] > 1
     log_p = (preference_logprob(logits_w, logits_l, "half") if ordinal

@@ -21,8 +21,6 @@ from .support.options import RunOptions, option
 from .support.precision import autocast
 from .warp import interpolate
 
-ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a front
-
 
 @dataclass
 class SamplingOptions(RunOptions):
@@ -124,7 +122,7 @@ def judge_weights(task, options, sft, weights):
     return summarise(columns, task.judges), columns
 
 
-def sweep_front(task, options, sft, merged, etas=ETAS):
+def sweep_front(task, options, sft, merged, etas=(0.0, 0.25, 0.5, 0.75, 1.0)):
     """The KL–reward front of WARP: a row for each η of θ = (1−η) θ_sft + η θ_slerp, and the answers.
 
     All rows share prompts and random numbers, so η = 0 is θ_sft itself, at a KL of exactly 0.

@@ -63,8 +63,8 @@ class RewardModel:
 
     is_function = False
 
-    def __init__(self, model, tokenizer, batch_size=64):
-        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model.eval(), tokenizer
         self.max_length = context_length(model)
         self.has_sigma = model.config.num_labels > 1
 
@@ -77,8 +77,7 @@ class RewardModel:
     @torch.no_grad()
     def logits(self, rows):
         """B lists of token ids → (B, K), float32."""
-        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        return torch.cat([row_logits(self.model, batch, self.tokenizer.pad_token_id) for batch in batches])
+        return row_logits(self.model, rows, self.tokenizer.pad_token_id)
 
 
 class RewardFunction:

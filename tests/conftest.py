@@ -4,18 +4,17 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, so before that
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # transformers and torch read them on their import
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts, e.g. train_warp, are no package
 os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])  # for other processes
 
 import pytest
-import torch
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seed():
+    import torch  # not at the top: of pytest -n 2, the process that deals out the tests needs no torch
+
     torch.manual_seed(0)
 
 
@@ -60,5 +59,5 @@ def world(tmp_path_factory):
 def in_world(world, monkeypatch):
     """The world as the working directory; nothing is drawn, to save time."""
     monkeypatch.chdir(world)
-    monkeypatch.setattr("rlhf_min.support.plots._pyplot", lambda: None)
+    monkeypatch.setattr("rlhf_min.support.plots.draw", lambda *args: None)
     return world

@@ -6,6 +6,7 @@ Each mutant is one sign, index, comparison or factor, in a temporary copy of the
 survives, or where the text to replace does not stand in its file exactly once. It takes five minutes on two cores.
 """
 
+import gc
 import multiprocessing
 import os
 import shlex
@@ -44,7 +45,7 @@ TESTS = SCRIPTS | {
     "reward_model": "tests/test_reward_model.py tests/test_mutants.py -k 'not one_place'",
     "data": "tests/test_data.py tests/test_reward_model.py",
     "support/batches": "tests/test_data.py tests/test_rollout.py tests/test_resume.py -k 'not test_resume or rm-step'",
-    "support/runlog": "tests/test_resume.py -k 'restored or inside or rm-step or warp-s or at_once or finishes'",
+    "support/runlog": "tests/test_resume.py -k 'restored or inside or rm-step or warp-s or ctrl_c or ignored'",
     "support/files": "tests/test_resume.py -k complete",
     "support/parallel": "tests/test_parallel.py -k 'cannot or dealt or mean_of'",
 }  # of any other file, the test file of its name; -k leaves out what is slow or starts processes
@@ -55,11 +56,20 @@ def path_of(name):
     return Path(f"{name}.py") if name in SCRIPTS else Path("rlhf_min", f"{name}.py")
 
 
-class SharedWorld:
-    """A pytest plugin: the fixture `world` is made once, and each run of pytest gets a copy."""
+class Fast:
+    """A pytest plugin: `world` is made once, each run of pytest gets a copy; tests that killed before come first."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, name):
+        self.folder, self.killers = folder, folder.with_name(f"{name.replace('/', '-')}.killers")
+
+    def pytest_collection_modifyitems(self, items):
+        killers = self.killers.read_text().splitlines() if self.killers.exists() else []
+        items.sort(key=lambda item: -killers.count(item.nodeid))
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            with self.killers.open("a") as file:
+                file.write(f"{report.nodeid}\n")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_fixture_setup(self, fixturedef, request):
@@ -71,7 +81,7 @@ class SharedWorld:
         return fixturedef.cached_result[0]
 
 
-def passes(folder, arguments, world):
+def passes(folder, arguments, plugin):
     """Whether tests pass; anything but passed, failed and too slow (e.g. they do not import) is an error."""
     child = os.fork()
     if child == 0:
@@ -80,8 +90,8 @@ def passes(folder, arguments, world):
         output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        flags = ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "--basetemp", "tmp"]
-        os._exit(pytest.main([*flags, *shlex.split(arguments)], plugins=[SharedWorld(world)]))
+        flags = "-x -q --tb=no --assert=plain --basetemp tmp -p no:cacheprovider -p no:unraisableexception"
+        os._exit(pytest.main([*flags.split(), *shlex.split(arguments)], plugins=[plugin]))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code not in (0, 1, -signal.SIGALRM):
         raise RuntimeError(f"pytest ended with {code}\n" + (folder / "output.txt").read_text(errors="replace"))
@@ -101,7 +111,7 @@ def survives(mutant):
         if old and text.count(old) != 1:
             raise SystemExit(f"{path_of(name)} has {old!r} {text.count(old)} times, not once")
         path.write_text(text.replace(old, new) if old else text, encoding="utf-8")
-        passed = passes(folder, TESTS.get(name, f"tests/test_{Path(name).name}.py"), world)
+        passed = passes(folder, TESTS.get(name, f"tests/test_{Path(name).name}.py"), Fast(world, name))
         if not old and not passed:
             print((folder / "output.txt").read_text(encoding="utf-8", errors="replace")[-3000:])
         return passed
@@ -109,11 +119,11 @@ def survives(mutant):
 
 def main():
     torch.set_num_threads(1)
+    gc.freeze()  # the garbage collector of a fork leaves alone what was imported here
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
     names = [name for name in MUTANTS if any(part in name for part in sys.argv[1:] or [""])]
-    pool = ProcessPoolExecutor(
-        mp_context=multiprocessing.get_context("fork")
-    )  # unlike Pool's, workers may have children
+    fork = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(mp_context=fork)  # unlike Pool's, its processes may have children
     with tempfile.TemporaryDirectory() as temporary, pool:
         world = Path(temporary, "world")
         sound = [(name, "", "", world) for name in ["train_rm", *names]]

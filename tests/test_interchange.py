@@ -85,7 +85,7 @@ def run(script, flags, out):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("save_model", "save_adapter"):
             patch.setattr(script, name, partial(recording, getattr(script, name)))
-        patch.setattr("rlhf_min.support.plots._pyplot", lambda: None)
+        patch.setattr("rlhf_min.support.plots.draw", lambda *args: None)
         write_jsonl("sixteen.jsonl", pairs_of_the_world(16))
         script.main([*f"{SMALL[script]} {flags}".split(), "--out", f"runs/interchange/{out}"])
     return f"runs/interchange/{out}", before

@@ -53,8 +53,7 @@ def job(out, count, script, flags, death=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_warp"])
+    context = multiprocessing.get_context("fork")  # torch is imported already
     argv = [*flags.split(), "--out", str(out)]
     processes = [context.Process(target=process, args=(os.getcwd(), i, count, port, script, argv, f"{out}.log", death))
                  for i in range(count)]  # fmt: skip

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,6 @@ from rlhf_min.data import load_pairs, load_prompts, read_rows, read_texts, write
 from rlhf_min.losses import ordinal_loss, pairwise_loss, preference_logprob, rating_mean_std
 from rlhf_min.support.batches import Batches
 from rlhf_min.support.errors import UserError
-from rlhf_min.support.runlog import load_checkpoint, save_checkpoint
 from rlhf_min.warp import angle, merge, slerp
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -67,41 +65,6 @@ def test_any_text_survives_writing_and_reading(folder, written):
     if all(text.strip() for text in written):
         assert list(read_texts(str(path))) == written
         assert [(pair.prompt, pair.chosen) for pair in load_pairs(str(path))[0]] == [(text, text) for text in written]
-
-
-# Checkpoints
-
-
-STATE = {"step": 3, "state": {"a": torch.arange(4.0), "b": [1, "x", None]}}
-
-
-def loaded(path, content):
-    """What a checkpoint of these bytes holds; None where it is refused by name."""
-    path.write_bytes(content)
-    try:
-        return load_checkpoint(path)
-    except UserError as error:
-        assert path.name in str(error)
-
-
-others = st.binary(max_size=200) | st.binary(max_size=99).map(lambda b: b"PK\x03\x04" + b)
-others |= values.map(lambda value: pickle.dumps(value, protocol=2))
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@many
-@given(other=others, data=st.data())
-def test_a_damaged_checkpoint_is_refused(folder, other, data):
-    """A checkpoint that was cut off, and what is none, are refused by name; one with a wrong byte is no traceback."""
-    path = folder / "state.pt"
-    assert loaded(path, other) is None
-    save_checkpoint(path, **STATE)
-    content = path.read_bytes()
-    assert repr(loaded(path, content)) == repr(STATE)
-    position = data.draw(st.integers(0, len(content) - 1))
-    assert loaded(path, content[:position]) is None
-    byte = content[position] ^ data.draw(st.integers(1, 255))
-    loaded(path, content[:position] + bytes([byte]) + content[position + 1 :])
 
 
 # Weight averaging

@@ -182,11 +182,12 @@ def test_batches_and_dropout_do_not_change_scores(tiny_tokenizer):
     """Each answer has the score it has alone, long or empty, whatever is computed together; dropout is off."""
     model = classifier("GPT2", 300, RATINGS).train()
     prompts, answers = [*PROMPTS, "", "The film was. " * 40], [*ANSWERS, "", " Fun."]
-    judges = [RewardModel(model, tiny_tokenizer, batch_size=size) for size in (64, 2, 1)]
-    scores = [torch.stack(judge(prompts, answers, torch.tensor([1, 0, 1, 0, 1]))) for judge in judges]
-    assert scores[0].isfinite().all() and len({*scores[0][0].tolist()}) == 5
-    for other in scores[1:]:
-        torch.testing.assert_close(other, scores[0], atol=1e-4, rtol=0)
+    judge, ended = RewardModel(model, tiny_tokenizer), torch.tensor([1, 0, 1, 0, 1])
+    together = torch.stack(judge(prompts, answers, ended))  # (2, B)
+    assert together.isfinite().all() and len({*together[0].tolist()}) == 5
+    for i in range(5):
+        alone = torch.stack(judge(prompts[i : i + 1], answers[i : i + 1], ended[i : i + 1]))  # (2, 1)
+        torch.testing.assert_close(alone, together[:, i : i + 1], atol=1e-4, rtol=0)
 
 
 # Training

@@ -362,7 +362,7 @@ def session_run(script, flags):
     def folder(world):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(world)
-            patch.setattr("rlhf_min.support.plots._pyplot", lambda: None)
+            patch.setattr("rlhf_min.support.plots.draw", lambda *args: None)
             out = f"runs/{script.__name__}-{re.sub(r'[^a-z0-9]+', '-', flags)}"
             script.main([*(SMALL if script is not train_rm else []), *flags.split(), "--out", out])
         return world / out

@@ -1,7 +1,6 @@
 """A mistake of the user is one line and exit code 2. A defect of ours keeps its traceback."""
 
 import functools
-import os
 import sys
 
 FULL_OR_FORBIDDEN = "No space left|Disk quota|Read-only|Permission denied|File too large|Input/output error"
@@ -29,7 +28,7 @@ def explain(error):
     text = first_line(error)
     if isinstance(error, UserError):
         return error
-    if isinstance(error, KeyboardInterrupt | BrokenPipeError):
+    if isinstance(error, KeyboardInterrupt):
         return Stopped("stopped")
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in text:
         return UserError("out of memory: lower --batch-size or --max-length, or take a smaller model")
@@ -57,8 +56,6 @@ def one_line_errors(main):
                 raise
             line = " ".join(str(known).split())
             print(line if isinstance(known, Stopped) else f"error: {line[:600]}", file=sys.stderr)
-            if isinstance(error, BrokenPipeError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more when it ends
             raise SystemExit(known.code) from None
 
     return wrapper

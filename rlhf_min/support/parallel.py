@@ -28,11 +28,11 @@ def rank():
     return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
-def gather_objects(value, size=None, group=None):
-    """[the value of each process], anything that can be pickled, when all of them have come here."""
-    values = [value] * (size or world_size())
+def gather_objects(value, team=None):
+    """[the value of each process, or of each one of a team], anything that can be pickled, when all have come here."""
+    values = [value] * (team.size if team else world_size())
     if len(values) > 1:
-        dist.all_gather_object(values, value, group=group)
+        dist.all_gather_object(values, value, group=team and team.group)
     return values
 
 
@@ -56,10 +56,6 @@ class Team:
         parts = [torch.empty_like(rows) for _ in self.ranks]
         dist.all_gather(parts, rows.contiguous(), group=self.group)
         return torch.cat(parts)
-
-    def gather_objects(self, value):
-        """[the value of each process of the team]."""
-        return gather_objects(value, self.size, self.group)
 
     def mean_gradients(self, parameters):
         """Put the mean of the team's gradients in place of each one's; sent as one tensor."""

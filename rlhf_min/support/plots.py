@@ -1,31 +1,20 @@
 """Plots, where matplotlib is installed (the `plots` extra)."""
 
 
-def _pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def draw(names, fill, path, size):
     """A panel for each name, which fill(panel, name) draws into; a legend in the first, if its lines have labels."""
-    pyplot = _pyplot()
-    if pyplot is None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
         return
-    figure, panels = pyplot.subplots(1, len(names), figsize=(size[0] * len(names), size[1]), squeeze=False)
+    figure = Figure(figsize=(size[0] * len(names), size[1]), layout="tight")
+    panels = figure.subplots(1, len(names), squeeze=False)
     for panel, name in zip(panels[0], names):
         fill(panel, name)
         panel.grid(alpha=0.3)
     if panels[0][0].get_legend_handles_labels()[1]:
         panels[0][0].legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def plot_metrics(metrics, names, path, steps=0):

@@ -21,7 +21,7 @@ import transformers
 from tqdm import tqdm
 
 from . import parallel
-from .errors import Stopped, UserError, explain, first_line
+from .errors import Stopped, UserError, explain
 from .files import read_json, whole, write_json
 
 SHOWN = {"loss", "accuracy", "reward", "kl"}
@@ -69,15 +69,29 @@ def save_checkpoint(path, **values):
 
 def load_checkpoint(path, device="cpu"):
     """What save_checkpoint wrote, or None where there is no file. No code in it can run."""
-    if not path.exists():
-        return None
+    return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+
+
+@contextlib.contextmanager
+def delayed_interrupts():
+    """A list that the first Ctrl-C or SIGTERM is put into, so that a step can be finished; a second stops at once."""
+    received = []
+
+    def handler(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        os.write(2, b"\nfinishing this step, to save it; once more stops at once\n")  # print is not reentrant
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # of the six kinds that a broken file raises
-        if explain(error):
-            raise  # the file may be whole: there is no memory, or the disk fails
-        why = f"{path} is no whole checkpoint ({first_line(error)})"
-        raise UserError(f"{why}; remove the folder {path.parent} to begin the run anew") from None
+        for number in before:
+            if before[number] is not signal.SIG_IGN:  # what a shell starts with & ignores SIGINT
+                signal.signal(number, handler)
+        yield received
+    finally:
+        for number in before:
+            signal.signal(number, before[number])
 
 
 class RunLog:
@@ -101,18 +115,13 @@ class RunLog:
         self._state = self._checkpoints / f"state-{team.number}.pt"
         self._start = self._last_step = time.perf_counter()
         self._saved = None  # the state of the loop that was interrupted, until a loop begins
-        self._in_step = self._stop = False
         self._bar = self._lines = None
 
     @contextlib.contextmanager
     def running(self):
         """`with log.running():` make the folder and run.json, or go on in them; an interrupt says how to go on."""
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._begin()
-            for number, handler in handlers.items():
-                if self.save_every and handler is not signal.SIG_IGN:  # what a shell starts with & ignores SIGINT
-                    signal.signal(number, self._stop_after_step)
             yield
         except (Exception, KeyboardInterrupt) as error:
             known = explain(error)
@@ -123,21 +132,9 @@ class RunLog:
             command = f"{python} {self.options.script} --out {self.folder} --resume"
             raise type(known)(f"{known}; to go on: {command}") from None
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
             for handle in filter(None, (self._bar, self._lines)):
                 with contextlib.suppress(OSError):  # what a full disk did not take cannot be flushed now either
                     handle.close()
-
-    def _stop_after_step(self, number, frame):
-        """Ctrl-C or SIGTERM in a step lets the step finish and be saved; a second one stops at once.
-
-        Of several processes each would finish another step, so they stop at once.
-        """
-        if not self._in_step or self._stop or parallel.world_size() > 1:
-            raise KeyboardInterrupt
-        self._stop = True
-        os.write(2, b"\nfinishing this step, to save it; once more stops at once\n")  # print is not reentrant
 
     def _begin(self):
         """Make the folder and run.json, or read what the next loop goes on with."""
@@ -181,22 +178,22 @@ class RunLog:
         self._last_step = time.perf_counter()
         quiet = True if self.team.index else None  # None: shown where stderr is a terminal
         self._bar = tqdm(desc=title, initial=done, total=steps, mininterval=0.5, dynamic_ncols=True, disable=quiet)
-        for step in range(done + 1, steps + 1):
-            self._in_step = True
-            yield step
-            self._bar.update()
-            if self.save_every and (self._stop or step == steps or step % self.save_every == 0):
-                self._save(self._state, title=title, step=step, state=snapshot(state()))
-            self._in_step = False
-            if self._stop:
-                raise Stopped(f"stopped after step {step} of {steps}, {title}")
+        alone = self.save_every and parallel.world_size() == 1  # of several processes each would finish another step
+        with delayed_interrupts() if alone else contextlib.nullcontext() as interrupts:
+            for step in range(done + 1, steps + 1):
+                yield step
+                self._bar.update()
+                if self.save_every and (interrupts or step == steps or step % self.save_every == 0):
+                    self._save(title=title, step=step, state=snapshot(state()))
+                if interrupts:
+                    raise Stopped(f"stopped after step {step} of {steps}, {title}")
         self._bar.close()
 
-    def _save(self, path, **values):
-        random = self.team.gather_objects(RandomState().state_dict())
+    def _save(self, **values):
+        random = parallel.gather_objects(RandomState().state_dict(), self.team)
         if self.team.index == 0:
             seconds = time.perf_counter() - self._start
-            save_checkpoint(path, **values, metrics_bytes=self._lines.tell(), seconds=seconds, random=random)
+            save_checkpoint(self._state, **values, metrics_bytes=self._lines.tell(), seconds=seconds, random=random)
 
     def once(self, name, make, *args):
         """make(*args), or what it returned before the run was interrupted: tensors, numbers, texts, in dicts, lists."""

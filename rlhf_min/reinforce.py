@@ -119,7 +119,7 @@ def step_metrics(team, rollout, logprobs, columns):
     surprise = -logprobs.detach().masked_fill(~rollout.mask, 0.0).sum(-1)  # (B / size,)
     lengths = {"completions/mean_length": rollout.mask.sum(-1), "completions/clipped_ratio": ~rollout.ended}
     columns = columns | lengths | {"entropy": surprise}
-    columns = {name: team.gather(column.double()) for name, column in columns.items()}  # (B,) each
-    means = {name: column.mean().item() for name, column in columns.items()}
+    table = team.gather(torch.stack([column.double() for column in columns.values()], dim=1))  # (B, columns)
+    means = dict(zip(columns, table.mean(0).tolist()))
     means["entropy"] /= means["completions/mean_length"]
-    return means | {"reward_std": columns["reward"].std(correction=0).item()}
+    return means | {"reward_std": table[:, list(columns).index("reward")].std(correction=0).item()}

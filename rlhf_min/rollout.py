@@ -8,7 +8,6 @@ B prompts are padded on the left to P tokens. An answer has at most T tokens. `t
 An answer is what TRL calls a completion. Names shared with TRL keep TRL's word.
 """
 
-import inspect
 from typing import NamedTuple
 
 import torch
@@ -16,9 +15,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from .lora import load_model
+from .support import gpu_step
 from .support.batches import pad
 from .support.errors import UserError
-from .support.models import check_loaded, context_length, is_classifier, load_tokenizer
+from .support.models import cache_argument, check_loaded, context_length, is_classifier, load_tokenizer
 
 
 def load_policy(name, device, max_length):
@@ -77,13 +77,6 @@ def positions(attention_mask):
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def empty_cache(model):
-    """{argument: an empty cache of keys and values}. A model that has a state instead, such as Mamba, gets none."""
-    arguments = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in arguments else "past_key_values"  # the latter before transformers 5.24
-    return {} if model._is_stateful or name not in arguments else {name: DynamicCache(config=model.config)}
-
-
 def uniform_numbers(count, length, generator):
     """(count, length) numbers in [0, 1), drawn on the CPU: the same ones for every device."""
     return torch.rand(count, length, generator=generator, dtype=torch.float64)
@@ -99,10 +92,27 @@ def sample(policy, prompts, uniform, temperature):
     prompts: B lists of token ids; uniform: (B, max_length) in [0, 1). Prompt and answer together have at most
     max_length tokens, whatever the other rows have. Returns a Rollout. UserError for logits that are not finite.
     """
-    config, cache, seen = policy.generation_config, empty_cache(policy), 0
-    tokens, attention_mask = pad(prompts, config.pad_token_id, policy.device, side="left")  # (B, P), (B, P)
-    uniform = uniform.to(policy.device)  # (B, max_length)
-    width, room = tokens.shape[1], uniform.shape[1] - attention_mask.sum(-1, keepdim=True)  # P, (B, 1)
+    config = policy.generation_config
+    prompt, attention_mask = pad(prompts, config.pad_token_id, policy.device, side="left")  # (B, P), (B, P)
+    room = uniform.shape[1] - attention_mask.sum(-1, keepdim=True)  # (B, 1)
+    inputs = policy, prompt, attention_mask, uniform.to(policy.device), room, temperature
+    tokens, probs = (gpu_step.decode(*inputs, draw) if prompt.is_cuda else None) or decode(*inputs)
+    if not probs.isfinite().all():
+        raise UserError("the policy's logits are not finite: the run diverged; lower --lr")
+    completions = tokens[:, prompt.shape[1] :]  # (B, T)
+    in_room = torch.arange(completions.shape[1], device=tokens.device) < room  # (B, T)
+    mask = completion_mask(completions, config.eos_token_id) & in_room  # (B, T)
+    ended = (is_eos(completions, config.eos_token_id) & mask).any(-1)  # (B,)
+    return Rollout(tokens, torch.cat([attention_mask, mask], dim=1), mask, ended)
+
+
+def decode(policy, tokens, attention_mask, uniform, room, temperature):
+    """Tokens (B, P+T), which begin with the prompts (B, P), and the last token's probabilities (B, V).
+
+    Row i gets at most room[i] tokens, and pad behind its EOS. On a GPU, support/gpu_step.py does the same faster.
+    """
+    config, name, seen = policy.generation_config, cache_argument(policy), 0
+    cache = {name: DynamicCache(config=policy.config)} if name else {}
     going = torch.ones_like(room, dtype=torch.bool)  # (B, 1) whose answer goes on
     for t in range(int(room.max())):
         inputs = {"input_ids": tokens[:, seen:], "position_ids": positions(attention_mask)[:, seen:]}  # (B, new)
@@ -116,13 +126,7 @@ def sample(policy, prompts, uniform, temperature):
         going = going & ~is_eos(token, config.eos_token_id) & (t + 1 < room)
         if not going.any():
             break
-    if not probs.isfinite().all():
-        raise UserError("the policy's logits are not finite: the run diverged; lower --lr")
-    completions = tokens[:, width:]  # (B, T)
-    in_room = torch.arange(completions.shape[1], device=tokens.device) < room  # (B, T)
-    mask = completion_mask(completions, config.eos_token_id) & in_room  # (B, T)
-    ended = (is_eos(completions, config.eos_token_id) & mask).any(-1)  # (B,)
-    return Rollout(tokens, torch.cat([attention_mask[:, :width], mask], dim=1), mask, ended)
+    return tokens, probs
 
 
 def draw(probs, uniform):

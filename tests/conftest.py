@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+if "TEST_CUDA" not in os.environ:  # which tests/test_cuda.py asks for
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # transformers and torch read them on their import
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts, e.g. train_warp, are no package
 os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])  # for other processes

@@ -90,7 +90,7 @@ def passes(folder, arguments, plugin):
         output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        flags = "-x -q --tb=no --assert=plain --basetemp tmp -p no:cacheprovider -p no:unraisableexception"
+        flags = "-x -q --tb=short --assert=plain --basetemp tmp -p no:cacheprovider -p no:unraisableexception"
         os._exit(pytest.main([*flags.split(), *shlex.split(arguments)], plugins=[plugin]))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code not in (0, 1, -signal.SIGALRM):

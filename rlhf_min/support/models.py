@@ -5,6 +5,7 @@ owner/name. Everything is loaded in float32 (transformers would keep a checkpoin
 vanish), from safetensors only, and no code that a model brings along is run.
 """
 
+import inspect
 import os
 from pathlib import Path
 
@@ -123,6 +124,13 @@ def check_loaded(name, model, tokenizer):
 def context_length(model):
     """The longest sequence that the model has positions for."""
     return getattr(model.config, "max_position_embeddings", None) or 10**9
+
+
+def cache_argument(model):
+    """What forward calls the cache of keys and values; None for a model that has a state instead, such as Mamba."""
+    arguments = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in arguments else "past_key_values"  # the latter before transformers 5.24
+    return None if model._is_stateful or name not in arguments else name
 
 
 def save_model(model, tokenizer, folder):

@@ -1,0 +1,157 @@
+"""On a GPU: rollout.decode with its step recorded as a CUDA graph. It computes the same; read that one.
+
+A step launches hundreds of small kernels, and Python takes longer to launch them than the GPU to run them. A graph is
+recorded once and launched as a whole. Whatever it reads and writes stays at its place in memory: tokens, mask, keys and
+values, and the weights of the matrix products, which are held in autocast's dtype with their adapters merged.
+"""
+
+import copy
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, DynamicCache
+from transformers.pytorch_utils import Conv1D
+
+from .errors import first_line
+from .models import cache_argument
+
+STEPS, REFUSED = {}, {}  # {what a step depends on: Step}, and {the same: why there is none}
+
+
+def one_token_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention of one token, in which the heads that share a key head are its rows: no key is repeated for them.
+
+    query: (B, heads, 1, d); key, value: (B, key heads, L, d); attention_mask, added: (B, 1, 1, L) → (B, 1, heads, d).
+    """
+    window = kwargs.get("sliding_window") or key.shape[2]
+    if window < key.shape[2] or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise ValueError("the model's attention is not the plain one")
+    rows = query.reshape(len(query), key.shape[1], -1, query.shape[3])  # (B, key heads, heads per key head, d)
+    values = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask.to(rows.dtype), scale=scaling)
+    return values.reshape(len(query), 1, query.shape[1], -1), None
+
+
+AttentionInterface.register("one_token", one_token_attention)
+
+
+class Step:
+    """The next token of B rows of at most L tokens, in place. `slot` is where the last token stands."""
+
+    def __init__(self, policy, prompts, length, temperature, draw, dtype):
+        config, count, device = policy.generation_config, len(prompts), policy.device
+        tensors = [*policy.parameters(), *policy.buffers()]
+        self.model = copy.deepcopy(policy, {id(tensor): tensor for tensor in tensors})  # these are shared, not copied
+        self.model.config._attn_implementation = "one_token"
+        if cache_argument(policy) is None:
+            raise ValueError("the model has no keys and values")
+        self.copies = []  # [(copy, function that gives what to copy)]
+        for module, copied in zip(policy.modules(), self.model.modules()):
+            if hasattr(module, "delta") or (isinstance(module, nn.Linear | Conv1D) and dtype != policy.dtype):
+                copied.enabled = False
+                copied.weight = nn.Parameter(module.weight.detach().to(dtype, copy=True), requires_grad=False)
+                self.copies.append((copied.weight, module))
+        full = lambda value, *shape, dtype=torch.long: torch.full(shape, value, dtype=dtype, device=device)
+        self.tokens, self.uniform = full(0, count, length), full(0.5, count, length, dtype=torch.float64)  # (B, L) × 2
+        self.mask = full(0.0, count, 1, 1, length, dtype=dtype)  # (B, 1, 1, L), 0 or −∞
+        self.pads, self.end, self.going = full(0, count, 1), full(length, count, 1), full(True, count, 1, dtype=None)
+        self.slot, self.steps, self.keys, self.values = full(0, 1), full(0, 1), [], []
+        self.eos, self.pad = full(0, 1) + torch.tensor(config.eos_token_id, device=device), config.pad_token_id
+        self.temperature, self.draw = temperature, draw
+        self.take()  # what a first call allocates must not be recorded
+        if device.type == "cuda":
+            self.graph = torch.cuda.CUDAGraph()
+            # the outer stream is put back where a capture that fails leaves its own
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(self.graph):
+                self.take()
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """For transformers' attention this is the cache: (B, key heads, 1, d) × 2 → (B, key heads, L, d) × 2."""
+        if layer == len(self.keys):
+            length = self.tokens.shape[1]
+            self.keys.append(keys.new_zeros(*keys.shape[:2], length, keys.shape[3]))
+            self.values.append(values.new_zeros(*values.shape[:2], length, values.shape[3]))
+        return self.keys[layer].index_copy_(2, self.slot, keys), self.values[layer].index_copy_(2, self.slot, values)
+
+    def get_seq_length(self, layer=0):
+        """Positions and mask are given, so nobody needs to know."""
+        return 0
+
+    def take(self):
+        """Read the last token, write the next one."""
+        inputs = {"input_ids": self.tokens.index_select(1, self.slot), "position_ids": self.slot - self.pads}
+        inputs |= {"attention_mask": self.mask, "use_cache": True, cache_argument(self.model): self}
+        self.probs = self.write(self.model(**inputs).logits)
+
+    def write(self, logits):
+        """Write a token for each row that goes on, as rollout.decode does: (B, 1, V) → their probabilities (B, V)."""
+        self.slot += 1
+        self.steps += self.going.any()
+        probs = (logits[:, -1].float() / self.temperature).softmax(-1)  # (B, V)
+        token = self.draw(probs, self.uniform.index_select(1, self.slot)).masked_fill(~self.going, self.pad)  # (B, 1)
+        self.tokens.index_copy_(1, self.slot, token)
+        self.mask.index_fill_(-1, self.slot, 0.0)
+        self.going &= ~torch.isin(token, self.eos) & (self.slot + 1 < self.end)
+        return probs
+
+    def begin(self, policy, prompts, attention_mask, uniform, room):
+        """Read the prompts (B, P), and write the first token of each answer; returns its probabilities (B, V)."""
+        width = prompts.shape[1]  # P
+        for target, module in self.copies:
+            target.copy_(module.weight + module.delta() if getattr(module, "enabled", False) else module.weight)
+        self.tokens[:, :width], self.mask[:] = prompts, -torch.inf
+        self.mask[..., :width].masked_fill_(attention_mask[:, None, None], 0.0)
+        self.uniform[:, width : width + uniform.shape[1]] = uniform[:, : self.uniform.shape[1] - width]
+        self.pads.copy_(width - attention_mask.sum(-1, keepdim=True))
+        self.end.copy_(width + room)
+        self.going.fill_(True)
+        self.steps.zero_()
+        self.slot.fill_(width - 1)
+        position_ids, cache = (attention_mask.cumsum(-1) - 1).clamp(min=0), DynamicCache(config=policy.config)
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": 1}
+        probs = self.write(policy(prompts, **inputs, use_cache=True, **{cache_argument(policy): cache}).logits)
+        for keys, values, layer in zip(self.keys, self.values, cache.layers):
+            keys[:, :, :width], values[:, :, :width] = layer.keys, layer.values
+        return probs
+
+
+@torch.no_grad()
+def decode(policy, prompts, attention_mask, uniform, room, temperature, draw):
+    """As rollout.decode; None where the model's step cannot be recorded, which is said once, with the reason."""
+    width, steps, half = prompts.shape[1], int(room.max()), torch.is_autocast_enabled(prompts.device.type)
+    length = -(-(width + steps) // 64) * 64  # so few different graphs
+    dtype = torch.get_autocast_dtype(prompts.device.type) if half else policy.dtype
+    key = (len(prompts), length, temperature, dtype, *map(id, policy.parameters()))  # which a Step keeps alive
+    try:
+        if key in REFUSED:
+            return None
+        if new := key not in STEPS:
+            for other in [other for other in STEPS if other[4:] != key[4:]]:
+                del STEPS[other]  # of another model
+            STEPS[key] = Step(policy, prompts, length, temperature, draw, dtype)
+        step = STEPS[key]
+        probs = step.begin(policy, prompts, attention_mask, uniform, room)
+        for t in range(1, steps):
+            if t % 8 == 1 and not step.going.any():  # a question to the GPU, whose answer is waited for
+                break
+            step.graph.replay() if prompts.is_cuda else step.take()
+            probs = step.probs
+            if new and t == 1:
+                check(policy, step, attention_mask)
+    except Exception as error:
+        STEPS.pop(key, None)
+        REFUSED[key] = first_line(error)
+        print(f"no CUDA graph of a step, so sampling is slower: {REFUSED[key]}", file=sys.stderr)
+        return None
+    return step.tokens[:, : width + int(step.steps)].clone(), probs
+
+
+def check(policy, step, attention_mask):
+    """RuntimeError if the first recorded step has other probabilities than the model has without any cache."""
+    attention_mask = F.pad(attention_mask, (0, 1), value=True)  # (B, P+1)
+    inputs = {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
+    logits = policy(step.tokens[:, : attention_mask.shape[1]], **inputs).logits[:, -1]  # (B, V)
+    difference = ((logits.float() / step.temperature).softmax(-1) - step.probs).abs().sum(-1).max() / 2  # in [0, 1]
+    if not difference < 0.1:
+        raise RuntimeError(f"its probabilities are {difference:.2f} off")

@@ -1,0 +1,101 @@
+"""The recorded step against the plain loop. Without a GPU it is taken, not recorded; tests/test_cuda.py records it."""
+
+import pytest
+import torch
+
+from rlhf_min.lora import add_lora, lora_disabled, lora_layers
+from rlhf_min.rollout import decode, draw, uniform_numbers
+from rlhf_min.support import gpu_step
+from rlhf_min.support.batches import pad
+from rlhf_min.support.models import get_weights, set_weights
+from tests.test_rollout import EOS, PROMPTS, build
+
+TARGETS = {"gpt2": "c_attn", "llama": "q_proj", "gpt_neox": "query_key_value"}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_recorded(monkeypatch):
+    for name in ("STEPS", "REFUSED"):
+        monkeypatch.setattr(gpu_step, name, {})
+
+
+def both(policy, prompts=PROMPTS, max_length=12, seed=0):
+    """[(tokens, probabilities that come last)] of the plain loop and of the recorded step."""
+    tokens, attention_mask = pad(prompts, EOS, policy.device, side="left")
+    uniform = uniform_numbers(len(prompts), max_length, torch.Generator().manual_seed(seed)).to(policy.device)
+    room = max_length - attention_mask.sum(-1, keepdim=True)
+    inputs = policy, tokens, attention_mask, uniform, room, 0.7
+    with torch.no_grad():
+        return decode(*inputs), gpu_step.decode(*inputs, draw)
+
+
+def assert_equal(policy, **kwargs):
+    (tokens, _), (found, probs) = both(policy, **kwargs)
+    assert torch.equal(found, tokens) and len(probs) == len(tokens)
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["dense", "LoRA"])
+@pytest.mark.parametrize("family", TARGETS)
+def test_a_recorded_step_is_the_plain_loop(family, adapters):
+    """The same tokens, for other prompts and after the weights have changed too; one step serves all of them."""
+    policy = build(family)
+    if adapters:
+        add_lora(policy, 2, 8, target_modules=[TARGETS[family]])
+    for seed in range(3):
+        for layer in lora_layers(policy).values():
+            torch.nn.init.normal_(layer.lora_B)
+        set_weights(policy, {name: w + 0.1 * torch.randn_like(w) for name, w in get_weights(policy).items()})
+        assert_equal(policy, seed=seed, prompts=PROMPTS[seed:] + PROMPTS[:seed], max_length=12 + seed)
+    with lora_disabled(policy):
+        assert_equal(policy)
+    assert len(gpu_step.STEPS) == 1 and not gpu_step.REFUSED
+
+
+def test_another_model_takes_the_place_of_the_first():
+    """What was recorded of a model is let go when another one is sampled, and a longer answer is recorded anew."""
+    first, second = build(), build("llama")
+    assert_equal(first)
+    assert_equal(second)
+    assert_equal(second, prompts=PROMPTS[:2])
+    assert {key[0] for key in gpu_step.STEPS} == {4, 2}
+    assert {key[4] for key in gpu_step.STEPS} == {id(next(second.parameters()))}
+
+
+def test_in_autocast_the_copies_are_of_its_dtype():
+    """Matrix products have weights in bfloat16, the rest stays; probabilities are the plain loop's but for rounding."""
+    policy = build().float()
+    add_lora(policy, 2, 8)
+    policy.generation_config.eos_token_id = [99]
+    with torch.autocast("cpu", torch.bfloat16):
+        (_, expected), (_, probs) = both(policy, prompts=PROMPTS[:1], max_length=5)
+    assert (expected - probs).abs().max() < 0.03
+    (step,) = gpu_step.STEPS.values()
+    assert step.model.transformer.h[0].mlp.c_fc.weight.dtype == step.model.lm_head.weight.dtype == torch.bfloat16
+    assert step.model.transformer.wte.weight is policy.transformer.wte.weight
+
+
+@pytest.mark.parametrize("family, why", [("mamba", "no keys and values"), ("bloom", ""), ("openai-gpt", "")])
+def test_a_model_that_cannot_be_recorded_is_told_once(family, why, capsys):
+    """The reason goes to stderr, once, and the plain loop is left to do the work."""
+    policy = build(family)
+    for _ in range(2):
+        assert both(policy)[1] is None
+    error = capsys.readouterr().err
+    assert error.count("no CUDA graph of a step, so sampling is slower: ") == 1 and why in error
+
+
+@pytest.mark.parametrize("kind", ["softcap", "sliding_window"])
+def test_attention_of_another_kind_is_refused(kind):
+    query = torch.ones(1, 2, 1, 4)
+    key = torch.ones(1, 2, 8, 4)
+    with pytest.raises(ValueError, match="not the plain one"):
+        gpu_step.one_token_attention(None, query, key, key, torch.zeros(1, 1, 1, 8), **{kind: 4})
+
+
+def test_a_step_that_computes_something_else_is_noticed(monkeypatch, capsys):
+    """The first step is compared with the model itself: here it attends to padding, too."""
+    attention = gpu_step.one_token_attention
+    wrong = lambda module, q, k, v, mask, **kwargs: attention(module, q, k, v, torch.zeros_like(mask), **kwargs)
+    monkeypatch.setitem(gpu_step.AttentionInterface._global_mapping, "one_token", wrong)
+    assert both(build())[1] is None
+    assert "off" in capsys.readouterr().err

@@ -47,7 +47,7 @@ from rlhf_min.evaluation import Task, format_table
 from rlhf_min.lora import add_lora
 from rlhf_min.reward_model import RewardModel, load_classifier
 from rlhf_min.rollout import load_policy, sample, uniform_numbers
-from rlhf_min.support import parallel
+from rlhf_min.support import gpu_step, parallel
 from rlhf_min.support.errors import UserError, first_line, one_line_errors
 from rlhf_min.support.models import get_weights, load_plain_model
 from rlhf_min.support.options import RunOptions, option, parse_options
@@ -96,6 +96,11 @@ def resident(field):
     return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
+def graph():
+    """Whether a CUDA graph has been recorded in this process, or why not."""
+    return next(iter(gpu_step.REFUSED.values()), "used" if gpu_step.STEPS else "none")
+
+
 class Turns:
     """One side of a row, in its process: a turn is taken when the other process says so, and then reported."""
 
@@ -106,12 +111,12 @@ class Turns:
         self.gpu = options.device.startswith("cuda")
 
     def pause(self):
-        """What stands before each turn: report (seconds, MiB) of the one before, and wait. EOFError after the last."""
+        """Before each turn: report (seconds, MiB, graph) of the one before, and wait. EOFError after the last."""
         if self.gpu:
             torch.cuda.synchronize()
         if self.start:
             peak = torch.cuda.max_memory_allocated() / 2**20 if self.gpu else resident("VmHWM") - self.before
-            self.line.send((time.perf_counter() - self.start, peak))
+            self.line.send((time.perf_counter() - self.start, peak, graph()))
         self.line.recv()
         self.start = time.perf_counter()
 
@@ -148,7 +153,7 @@ def work(line, name, side, options):
 
 
 def take_turn(process, line):
-    """(seconds, MiB) of a turn that the process takes now, or why it took none."""
+    """(seconds, MiB, graph) of a turn that the process takes now, or why it took none."""
     line.send("go")
     while not line.poll(1):
         if not process.is_alive() and not line.poll():
@@ -358,8 +363,10 @@ ROWS = {
     # for a GPU
     "sample-smollm2": Sampling(lambda: smollm2(30), 64, 128),
     "step-gpt2-64": ReinforceStep(SMALL, 64),
+    # for a rehearsal of benchmarks/gpu.py
+    "toy": Sampling(lambda: gpt2(TINY | {"vocab_size": 99}), 2, 4),
 }
-ON_A_CPU = list(ROWS)[:-2]
+ON_A_CPU = list(ROWS)[:-3]
 
 
 # The table
@@ -382,7 +389,7 @@ class SpeedOptions(RunOptions):
 
 
 def measure(name, options):
-    """({side: [(seconds, MiB) of a turn]}, {side: why it failed}); the first two turns are not counted."""
+    """({side: [(seconds, MiB, graph) of a turn]}, {side: why it failed}); the first two turns are not counted."""
     sides, turns, failed = {}, {}, {}
 
     def turn(side):
@@ -412,11 +419,12 @@ def table_row(name, turns, failed):
     spread = lambda values: f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
     row = {"row": name, "peer": ROWS[name].peer}
     for side, taken in turns.items():
-        seconds, memory = zip(*taken)
+        seconds, memory, graphs = zip(*taken)
         row |= {f"{side}, s": spread(seconds), f"{side}, MiB": round(max(memory))}
+        row |= {"graph": graphs[-1]} if side == "ours" and graphs[-1] != "none" else {}
     if len(turns) == 2:
         pairs = zip(turns["ours"], turns["theirs"])
-        row["peer ÷ ours"] = spread([theirs / ours for (ours, _), (theirs, _) in pairs])
+        row["peer ÷ ours"] = spread([theirs / ours for (ours, *_), (theirs, *_) in pairs])
     return row | ({"failed": "; ".join(f"{side}: {why}" for side, why in failed.items())} if failed else {})
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import baselines, levels, reward_models, speed
+from benchmarks import baselines, gpu, levels, reward_models, speed
 from benchmarks.reward_models import calibration_error, measure, spearman
 from rlhf_min.data import Pair, Prompt, encode_answer, write_jsonl
 from rlhf_min.evaluation import Task
@@ -195,7 +196,14 @@ def test_speed_of_a_row_and_of_a_peer_that_is_not_there(monkeypatch, tmp_path, c
     assert broken["failed"] == "theirs: ModuleNotFoundError: No module named 'trl'" and "ours, s" in broken
     assert broken["failed"] in capsys.readouterr().out and "peer ÷ ours" not in broken
     assert {"ours, s", "theirs, s", "peer ÷ ours"} <= set(whole) and "failed" not in whole
-    row = speed.table_row("whole", {"ours": [(1, 7.4), (2, 7), (4, 7)], "theirs": [(3, 8), (4, 9), (4, 8)]}, {})
+    row = speed.table_row(
+        "whole",
+        {
+            "ours": [(1, 7.4, "used"), (2, 7, "used"), (4, 7, "used")],
+            "theirs": [(3, 8, "none"), (4, 9, "none"), (4, 8, "none")],
+        },
+        {},
+    )
     assert row["peer ÷ ours"] == "2.000 (1.000 to 3.000)" and (row["ours, MiB"], row["theirs, MiB"]) == (7, 9)
 
 
@@ -215,3 +223,43 @@ def test_a_mistake_is_one_line(in_world, capsys, tmp_path, module, flags, fragme
         module.main([*flags.split(), "--out", str(tmp_path / "out")])
     (line,) = (line for line in capsys.readouterr().err.split("\n") if line.strip())
     assert line.startswith("error: ") and fragment in line and not (tmp_path / "out").exists()
+
+
+# On a GPU; here, the rehearsal
+
+
+@pytest.mark.parametrize(
+    "stage, rows", [("facts", 4), ("profile", 1), ("precisions", 3), ("ablations", 5), ("nccl", 1)]
+)
+def test_stages_of_the_gpu_benchmark(in_world, tmp_path, stage, rows):
+    """At toy size, on the CPU, every stage that starts no process of its own gives its rows."""
+    out = tmp_path / "gpu"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "environ", dict(os.environ))
+        gpu.main(["--stage", stage, "--out", str(out), "--device", "cpu", "--toy"])
+    found = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert len(found) == rows and {row["stage"] for row in found} == {stage} and not any("failed" in r for r in found)
+
+
+def test_stages_that_fail_or_do_not_fit(monkeypatch, tmp_path, capsys):
+    """Results stay when another stage fails; what would not fit into the time is skipped; a table comes last."""
+
+    def run(command, **kwargs):
+        (tmp_path / "results.jsonl").open("a").write(json.dumps({"stage": command[3], "row": "x", "GB/s": 2.0}) + "\n")
+        return SimpleNamespace(returncode=int(command[3] == "right"))
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    gpu.main(["--out", str(tmp_path), "--seconds", "80", "--stages", "facts", "right", "step", "nccl"])
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row.get("failed")) for row in rows] == [
+        ("facts", None), ("right", None), ("right", "exit code 1; see log.txt"),
+        ("step", "skipped: 100 s, and 80 are left"), ("nccl", None),
+    ]  # fmt: skip
+    assert capsys.readouterr().out.endswith((tmp_path / "table.md").read_text() + "\n")
+
+
+def test_the_kernel_of_rms_norm():
+    """The ablation computes what transformers' LlamaRMSNorm computes."""
+    norm, x = gpu.modeling_llama.LlamaRMSNorm(8, eps=1e-5), torch.randn(2, 3, 8)
+    torch.nn.init.normal_(norm.weight)
+    torch.testing.assert_close(gpu.rms_norm(norm, x), norm(x))

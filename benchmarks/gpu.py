@@ -1,0 +1,323 @@
+"""All that a GPU should show, in one command: is it right, how fast is it, and what do half precisions give?
+
+    pip install -e '.[test]' -e '.[bench]' -e '.[plots]'
+    python benchmarks/gpu.py --out runs/gpu --seconds 540
+    python benchmarks/gpu.py --out runs/gpu-experiments --stages experiments --seconds 540    # both reports
+    python benchmarks/gpu.py --out runs/gpu-toy --device cpu --toy                            # a rehearsal, minutes
+
+The stages run in the order of their worth, each in a process of its own with its own limit. A stage that would not fit
+into the seconds that are left is skipped. What is done is kept: `results.jsonl` (a row a line), `curves.jsonl` and
+curves.png (reward over steps in three precisions), profile.txt, log.txt, and table.md, which is printed last.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import distributed as dist
+from transformers.models.llama import modeling_llama
+
+import train_reinforce
+from benchmarks import speed
+from rlhf_min import rollout
+from rlhf_min.evaluation import format_table
+from rlhf_min.lora import add_lora
+from rlhf_min.support import gpu_step, plots
+from rlhf_min.support.errors import first_line
+from rlhf_min.support.options import parse_options
+from rlhf_min.support.precision import autocast, resolve_device
+
+ROOT = Path(__file__).resolve().parents[1]
+CUDA_TESTS = ["tests/test_cuda.py", "tests/test_gpu_step.py", "tests/test_rollout.py", "tests/test_lora.py"]
+EXPERIMENTS = {  # name: command; each goes on where it was stopped
+    "smollm2-scalar": "train_rm.py --config configs/smollm2_rm.yaml",
+    "smollm2-ordinal": "train_rm.py --config configs/smollm2_rm.yaml --head ordinal --out runs/smollm2/ordinal",
+    "smollm2-level1": "train_reinforce.py --config configs/smollm2_reinforce.yaml",
+    "smollm2-level2": "train_reinforce.py --config configs/smollm2_reinforce.yaml --reward-model runs/smollm2/ordinal "
+                      "--out runs/smollm2/level2",
+    "imdb-warp": "train_warp.py --config configs/imdb_warp.yaml",
+}  # fmt: skip
+
+
+def synchronize(options):
+    """Wait for what the GPU still has to do."""
+    if options.device != "cpu":
+        torch.cuda.synchronize()
+
+
+def seconds_of(work, options, repeats=20):
+    """The median seconds of work(), after two calls that are not counted."""
+    taken = []
+    for _ in range(2 + repeats):
+        synchronize(options)
+        start = time.perf_counter()
+        work()
+        synchronize(options)
+        taken.append(time.perf_counter() - start)
+    return sorted(taken[2:])[repeats // 2]
+
+
+# Stages: each yields rows
+
+
+def facts(options):
+    """The machine, and what it can reach: the largest product, and reading the largest tensor."""
+    name = platform.processor() if options.device == "cpu" else torch.cuda.get_device_name()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
+    yield {"row": "machine", "card": name, **versions, "commit": commit.strip() or None}
+    n, count = (256, 10**6) if options.toy else (8192, 10**9)
+    for dtype in (torch.bfloat16, torch.float32):  # float32 as TF32, as resolve_device sets it
+        a = torch.randn(n, n, device=options.device, dtype=dtype)
+        yield {"row": f"product {n}³ {dtype}", "TFLOP/s": 2 * n**3 / seconds_of(lambda: a @ a, options) / 1e12}  # noqa: B023
+    x = torch.ones(count, device=options.device)
+    yield {"row": f"sum of {4 * count / 1e9:g} GB", "GB/s": 4 * count / seconds_of(x.sum, options) / 1e9}
+
+
+def right(options):
+    """The tests that need a GPU, and those of the rooms that it computes."""
+    environment = os.environ | ({} if options.device == "cpu" else {"TEST_CUDA": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "--tb=short",
+        *CUDA_TESTS[: 1 if options.toy else None],
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    print(done.stdout[-6000:])
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
+    yield {"row": "tests", "exit code": done.returncode, **counts}
+
+
+def speed_rows(*names):
+    """A stage of rows of benchmarks/speed.py."""
+
+    def stage(options):
+        for name in ["toy"] if options.toy else names:
+            flags = f"--rows {name} --repeats {1 if options.toy else 5} --threads 1 "
+            flags += f"--device {options.device} --precision {options.precision}"
+            yield speed.table_row(name, *speed.measure(name, parse_options(speed.SpeedOptions, flags.split())))
+
+    return stage
+
+
+def small_policy(options, lora_r=0):
+    """SmolLM2's shape with random weights, whose answers do not end."""
+    policy = (speed.gpt2(speed.TINY) if options.toy else speed.smollm2(30)).to(options.device)
+    policy.generation_config.eos_token_id, policy.generation_config.pad_token_id = [-1], 0
+    return add_lora(policy, lora_r, 32.0) if lora_r else policy
+
+
+def rms_norm(self, x):
+    """LlamaRMSNorm in one kernel."""
+    return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.variance_epsilon).to(x.dtype)
+
+
+def ablations(options):
+    """Seconds to sample 64 × 128 tokens with one thing changed; the floor is reading the weights once a token."""
+    count, length = (2, 8) if options.toy else (64, 128)
+    prompts, patch = [[5] * speed.PROMPT] * count, contextlib.ExitStack()
+    variants = {
+        "graph": {},
+        "graph, LoRA r 16": {"lora_r": 16},
+        "graph, F.rms_norm": {"owner": modeling_llama.LlamaRMSNorm, "forward": rms_norm},
+        "graph, compiled blocks": {
+            "owner": modeling_llama.LlamaDecoderLayer,
+            "forward": torch.compile(modeling_llama.LlamaDecoderLayer.forward) if not options.toy else None,
+        },
+        "plain loop": {"plain": True},
+    }
+    for name, change in variants.items():
+        with patch:
+            gpu_step.STEPS.clear()
+            gpu_step.REFUSED.clear()
+            if change.get("forward"):
+                patch.callback(setattr, change["owner"], "forward", change["owner"].forward)
+                change["owner"].forward = change["forward"]
+            if change.get("plain"):
+                patch.callback(setattr, gpu_step, "decode", gpu_step.decode)
+                gpu_step.decode = lambda *inputs: None
+            policy, uniform = small_policy(options, change.get("lora_r", 0)), torch.rand(count, speed.PROMPT + length)
+
+            def turn(policy=policy, uniform=uniform):
+                with autocast(policy.device, options.precision):
+                    rollout.sample(policy, prompts, uniform, speed.TEMPERATURE)
+
+            row = {"row": f"sample, {name}", "ours, s": seconds_of(turn, options, 3), "graph": speed.graph()}
+            weights = sum(p.numel() for p in policy.parameters()) * (4 if options.precision == "fp32" else 2)
+            yield row | {"read per token, GB": weights / 1e9, "tokens": length}
+
+
+def profile(options):
+    """The kernels of a REINFORCE step of GPT-2 small, longest first."""
+    row = speed.ReinforceStep(speed.TINY if options.toy else speed.SMALL, 4 if options.toy else 64)
+    row.build(options.out / "model")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [] if options.device == "cpu" else [torch.profiler.ProfilerActivity.CUDA]
+    profiler = torch.profiler.profile(
+        activities=activities, schedule=torch.profiler.schedule(wait=2, warmup=1, active=1)
+    )
+
+    class Turns(speed.Turns):
+        def __init__(self):
+            self.turns = 0
+
+        def pause(self):
+            self.turns += 1
+            profiler.step()
+            if self.turns > 5:
+                raise EOFError
+
+    with profiler, contextlib.suppress(EOFError):
+        row.ours(options.out / "model", options, Turns())
+    events = profiler.key_averages()
+    by = "self_cpu_time_total" if options.device == "cpu" else "self_device_time_total"
+    (options.out / "profile.txt").write_text(events.table(sort_by=by, row_limit=40, max_name_column_width=80))
+    on_device = [event for event in events if event.self_device_time_total > 0]
+    yield {"row": "profile of a step", "kernels": sum(event.count for event in on_device),
+           "device, s": sum(event.self_device_time_total for event in on_device) / 1e6}  # fmt: skip
+
+
+def precisions(options):
+    """REINFORCE on the embedded world in three precisions: the same reward?"""
+    curves = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        out = options.out / f"run-{precision}"
+        flags = f"--precision {precision} --device {options.device} --resume --out {out}"
+        flags += " --steps 3 --batch-size 4 --num-eval-prompts 4" if options.toy else ""
+        start = time.perf_counter()
+        train_reinforce.main(flags.split())
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        curves[precision] = [(row["step"], row["reward"]) for row in rows]
+        with open(options.out / "curves.jsonl", "a") as file:
+            file.writelines(json.dumps({"precision": precision, **row}) + "\n" for row in rows)
+        after = json.loads((out / "summary.json").read_text())["after"]
+        steps = sorted(row["step_seconds"] for row in rows)
+        yield {"row": f"train, {precision}", "reward": after["reward"], "reward_se": after["reward_se"],
+               "kl": after["kl"], "skipped": sum(row["grad_norm"] is None for row in rows),
+               "ours, s": steps[len(steps) // 2], "wall, s": time.perf_counter() - start,
+               "graph": speed.graph()}  # fmt: skip
+
+    def fill(panel, name):
+        for precision, points in curves.items():
+            panel.plot(*zip(*points), label=precision, linewidth=1)
+        panel.set(xlabel="step", ylabel=name)
+
+    plots.draw(["reward"], fill, options.out / "curves.png", (6.0, 4.0))
+
+
+def nccl(options):
+    """One process's nccl (or gloo) sums its own tensor: does the engine of torchrun start here?"""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "RANK": "0", "WORLD_SIZE": "1"}
+    dist.init_process_group("gloo" if options.device == "cpu" else "nccl")
+    x = torch.ones(8 if options.toy else 10**8, device=options.device)
+    dist.all_reduce(x)
+    yield {"row": "nccl", "sum": x.mean().item(), "backend": dist.get_backend()}
+    dist.destroy_process_group()
+
+
+def experiments(options):
+    """What only a GPU makes cheap; each run leaves its summary.json under its name."""
+    for name, command in EXPERIMENTS.items():
+        out = options.out / "runs" / name
+        words = [sys.executable, *command.split(), "--out", str(out), "--resume", "--device", options.device]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        print(done.stdout[-3000:], done.stderr[-1000:])
+        summary = out / "summary.json"
+        if summary.exists():
+            (options.out / f"{name}.json").write_bytes(summary.read_bytes())
+        yield {"row": name, "exit code": done.returncode} | ({} if summary.exists() else {"failed": done.stderr[-200:]})
+
+
+STAGES = {  # name: (what it does, its limit in seconds), in the order of their worth
+    "facts": (facts, 20),
+    "right": (right, 70),
+    "sampling": (speed_rows("sample-smollm2"), 70),
+    "step": (speed_rows("step-gpt2-64"), 100),
+    "profile": (profile, 25),
+    "precisions": (precisions, 110),
+    "ablations": (ablations, 60),
+    "lora": (speed_rows("lora-pass", "reward-lora"), 60),
+    "merge": (speed_rows("merge"), 15),
+    "nccl": (nccl, 10),
+    "experiments": (experiments, 540),
+}
+
+
+def run_stage(options):
+    """The stage in this process; its rows go to results.jsonl as they come."""
+    resolve_device(options)
+    with open(options.out / "results.jsonl", "a") as file:
+        for row in STAGES[options.stage][0](options):
+            print(json.dumps(row), flush=True)
+            file.write(json.dumps({"stage": options.stage} | row) + "\n")
+            file.flush()
+
+
+def table(options):
+    """results.jsonl as a table a stage, for people."""
+    path, text = options.out / "results.jsonl", ""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        mine = [{key: row[key] for key in row if key != "stage"} for row in rows if row["stage"] == stage]
+        text += f"\n{stage}\n\n{format_table(mine)}\n"
+    (options.out / "table.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="a folder; results of earlier calls stay in it")
+    parser.add_argument("--seconds", type=float, default=540, help="for all stages together")
+    parser.add_argument(
+        "--stages", nargs="*", choices=STAGES, default=[name for name in STAGES if name != "experiments"]
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--toy", action="store_true", help="tiny models: a rehearsal")
+    parser.add_argument("--stage", help="used by the command itself: this stage, in this process")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.out = options.out.resolve()
+    if options.stage:
+        return run_stage(options)
+    deadline = time.monotonic() + options.seconds
+    for name in options.stages:
+        limit, left = STAGES[name][1], deadline - time.monotonic()
+        row = {"stage": name, "row": name}
+        if limit > left + 5:
+            row["failed"] = f"skipped: {limit} s, and {left:.0f} are left"
+        else:
+            command = [sys.executable, __file__, "--stage", name, *(sys.argv[1:] if argv is None else argv)]
+            with open(options.out / "log.txt", "a") as log:
+                print(f"\n== {name}", file=log, flush=True)
+                try:
+                    code = subprocess.run(command, stdout=log, stderr=log, timeout=min(limit * 1.5, left)).returncode
+                    row["failed"] = f"exit code {code}; see log.txt" if code else None
+                except subprocess.TimeoutExpired as error:
+                    row["failed"] = first_line(error)[-60:]
+        if row.get("failed"):
+            with open(options.out / "results.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        print(f"{name}: {row.get('failed') or 'done'}, {deadline - time.monotonic():.0f} s left", flush=True)
+    print(table(options))
+
+
+if __name__ == "__main__":
+    main()

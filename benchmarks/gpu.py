@@ -136,6 +136,7 @@ def ablations(options):
     variants = {
         "graph": {},
         "graph, LoRA r 16": {"lora_r": 16},
+        "graph, cuDNN's attention": {"cudnn": True},
         "graph, F.rms_norm": {"owner": modeling_llama.LlamaRMSNorm, "forward": rms_norm},
         "graph, compiled blocks": {
             "owner": modeling_llama.LlamaDecoderLayer,
@@ -150,6 +151,7 @@ def ablations(options):
             if change.get("forward"):
                 patch.callback(setattr, change["owner"], "forward", change["owner"].forward)
                 change["owner"].forward = change["forward"]
+            torch.backends.cuda.enable_cudnn_sdp(change.get("cudnn", False))
             if change.get("plain"):
                 patch.callback(setattr, gpu_step, "decode", gpu_step.decode)
                 gpu_step.decode = lambda *inputs: None

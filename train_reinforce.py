@@ -75,7 +75,7 @@ def train_policy(task, sft, options, log):
     for step in log.progress("REINFORCE", options.steps, state):
         # y ~ π_θ(·|x), and r(x, y)
         batch = team.share([prompt for prompt in next(stream) for _ in range(k)])
-        uniform = team.share(uniform_numbers(options.batch_size, options.max_length, generator))  # (B, P+T)
+        uniform = team.share(uniform_numbers(options.batch_size, options.max_length, generator))  # (B, max_length)
         with optimizer.autocast():
             rollout = sample(policy, [prompt.tokens for prompt in batch], uniform, options.temperature)
         scores, _ = judge_answers(task.cheap_judges, task.tokenizer, batch, rollout)  # {name: (B,)}

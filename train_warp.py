@@ -9,7 +9,7 @@ The algorithm, Algorithm 1 of the paper:
         for each of M runs, all from θ_init:                                                     train_policy
             T steps of REINFORCE, with the KL to the run's own EMA in the reward, and after every step
             (1)  θ_ema   ← (1−μ) θ_ema + μ θ
-        (2)  θ_slerp ← θ_init + slerp(δ_1, ..., δ_M)      with δ_m = θ_m − θ_init
+        (2)  θ_slerp ← θ_init + slerp(δ_1, ..., δ_M)      with δ_m = θ^m − θ_init
         (3)  θ_init  ← (1−η) θ_init + η θ_slerp
     the front: (1−η) θ_sft + η θ_slerp for 0 ≤ η ≤ 1
 
@@ -73,7 +73,7 @@ def train_policy(task, init, sft, options, log, iteration, run):
     for step in log.progress(f"iteration {iteration} run {run}", options.steps, state):
         # y ~ π_θ(·|x), and r(x, y)
         batch = team.share(next(stream))
-        uniform = team.share(uniform_numbers(options.batch_size, options.max_length, generator))  # (B, P+T)
+        uniform = team.share(uniform_numbers(options.batch_size, options.max_length, generator))  # (B, max_length)
         with optimizer.autocast():
             rollout = sample(policy, [prompt.tokens for prompt in batch], uniform, options.temperature)
         scores, _ = judge_answers(task.cheap_judges, task.tokenizer, batch, rollout)  # {name: (B,)}
@@ -87,12 +87,13 @@ def train_policy(task, init, sft, options, log, iteration, run):
                 with lora_disabled(policy):
                     sft_logprobs = token_logprobs(policy, rollout, options.temperature, sft)  # (B, T)
 
-        # r_β = r − β log[ π_θ(y|x) / π_anchor(y|x) ],  A = r_β − b
+        # R = r − β log[ π_θ(y|x) / π_anchor(y|x) ],  A = R − b
         kl = reinforce.kl_estimate(logprobs.detach(), sft_logprobs, rollout.mask)  # (B,)
         ema_kl = reinforce.kl_estimate(logprobs.detach(), ema_logprobs, rollout.mask)  # (B,)
         anchor_kl = ema_kl if options.anchor == "ema" else kl  # (B,)
         shaped = reinforce.shaped_reward(scores["reward"], anchor_kl, options.beta)  # (B,)
-        advantage = shaped - baseline.value  # (B,)
+        b = baseline.value  # a number
+        advantage = shaped - b  # (B,)
 
         # (1) θ^m ← Opt(θ^m, A ∇ log π),  then  θ^m_ema ← (1−μ) θ^m_ema + μ θ^m
         optimizer.backward(reinforce.policy_gradient_loss(logprobs, advantage, rollout.mask))
@@ -101,7 +102,8 @@ def train_policy(task, init, sft, options, log, iteration, run):
             baseline.update(team.gather(shaped))
             ema = warp.ema_update(ema, trained_weights(policy), options.mu)
 
-        scores |= {"kl": kl, "anchor_kl": anchor_kl, "advantage": advantage, "baseline": shaped - advantage}
+        scores |= {"kl": kl, "advantage": advantage, "baseline": torch.zeros_like(kl) + b}
+        scores |= {"anchor_kl": anchor_kl}
         metrics = reinforce.step_metrics(team, rollout, logprobs, scores)
         log.step(iteration=iteration, run=run, step=step, **metrics, **optimizer.metrics)
     return dense_weights(policy)
@@ -117,7 +119,7 @@ def train_warp(task, options, log):
             name = f"iteration-{iteration}-run-{run}"
             weights[run] = log.once(name, train_policy, task, init, sft, options, log, iteration, run)
         policies = log.team.collect(weights, task.policy.device)
-        merged = warp.merge(init, policies, options.merge_by, options.merge)  # (2) θ_slerp ← slerp(θ_init, {θ^m})
+        merged = warp.merge(init, policies, options.merge_by, options.merge)  # (2) θ_slerp ← θ_init + slerp(δ)
         geometry.append(warp.task_vector_geometry(init, policies, options.merge_by))
         init = warp.interpolate(init, merged, options.eta)  # (3) θ_init ← (1−η) θ_init + η θ_slerp
         if options.keep_runs:
@@ -146,7 +148,7 @@ def print_geometry(geometry, options):
         if groups["angle_degrees"] is not None:  # None for M = 1
             angle, ratio = ("{median:.3g} ({min:.2g} to {max:.2g})".format(**spread) for spread in groups.values())
             print(f"iteration {iteration}, task vectors by {options.merge_by}: angle {angle}°, norm ratio {ratio}")
-    print(f"μT = {options.mu * options.steps:g}, in the paper 50 to 90: at 1 the anchor goes 37 % of a linear drift")
+    print(f"μT = {options.mu * options.steps:g}, in the paper 50 to 90: at 1 the anchor goes 1/e of a linear drift")
 
 
 @one_line_errors

@@ -10,7 +10,6 @@ into the seconds that are left is skipped. What is done is kept: `results.jsonl`
 curves.png (reward over steps in three precisions), profile.txt, log.txt, and table.md, which is printed last.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -19,7 +18,9 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,8 +37,8 @@ from rlhf_min import rollout
 from rlhf_min.evaluation import format_table
 from rlhf_min.lora import add_lora
 from rlhf_min.support import gpu_step, plots
-from rlhf_min.support.errors import first_line
-from rlhf_min.support.options import parse_options
+from rlhf_min.support.errors import UserError, first_line, one_line_errors
+from rlhf_min.support.options import RunOptions, option, parse_options
 from rlhf_min.support.precision import autocast, resolve_device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -283,20 +284,28 @@ def table(options):
     return text
 
 
+@dataclass
+class GpuOptions(RunOptions):
+    """Measure what a GPU should show."""
+
+    script: ClassVar[str] = "benchmarks/gpu.py"
+
+    seconds: int = option(540, "for all stages together", low=1)
+    stages: list = option([name for name in STAGES if name != "experiments"], f"of {', '.join(STAGES)}")
+    toy: bool = option(False, "tiny models: a rehearsal")
+    stage: str = option("", "used by the command itself: this stage, in this process")
+
+    def check(self):
+        for name in [*self.stages, self.stage or "facts"]:
+            if name not in STAGES:
+                raise UserError(f"{name}: there is no such stage; there are {', '.join(STAGES)}")
+
+
+@one_line_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="a folder; results of earlier calls stay in it")
-    parser.add_argument("--seconds", type=float, default=540, help="for all stages together")
-    parser.add_argument(
-        "--stages", nargs="*", choices=STAGES, default=[name for name in STAGES if name != "experiments"]
-    )
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--toy", action="store_true", help="tiny models: a rehearsal")
-    parser.add_argument("--stage", help="used by the command itself: this stage, in this process")
-    options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.out = options.out.resolve()
+    options = parse_options(GpuOptions, argv)
+    options.out = Path(options.out or "runs/gpu").resolve()
+    options.out.mkdir(parents=True, exist_ok=True)  # results of earlier calls stay in it
     if options.stage:
         return run_stage(options)
     deadline = time.monotonic() + options.seconds

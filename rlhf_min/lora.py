@@ -93,11 +93,12 @@ def add_lora(model, r, alpha, dropout=0.0, target_modules=None):
     named = dict(model.named_parameters())  # without a tied lm_head, whose W is the embedding's
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     adaptable = {name: name.rpartition(".")[2] for name in linear if f"{name}.weight" in named and not is_head(name)}
-    found, wanted = {*adaptable.values()}, {*(target_modules or ())}
-    missing = wanted - found if wanted else {*TARGETS[:1]} - ({*TARGETS} if found & {*TARGETS} else set())
-    if missing:
+    found = {*adaptable.values()}
+    missing = {*(target_modules or ())} - found
+    if missing or not found & {*(target_modules or TARGETS)}:
+        name = min(missing) if missing else f"any of {', '.join(TARGETS)}"
         there = f"there are {', '.join(sorted(found))}"
-        raise UserError(f"--lora-target-modules: no linear module is named {min(missing)}; {there}")
+        raise UserError(f"--lora-target-modules: no linear module is named {name}; {there}")
     for name, parameter in named.items():
         parameter.requires_grad_(is_head(name))
     for name, last in adaptable.items():

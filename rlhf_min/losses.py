@@ -48,6 +48,7 @@ def preference_logprob(chosen_logits, rejected_logits, ties="strict"):
     if ties == "strict":
         return (logp_w[:, 1:] + log_cdf[:, :-1]).logsumexp(-1)  # (B,)
     if ties == "half":
+        # log 2 · ½ [F_l(i−1) + F_l(i)] = log [F_l(i−1) + F_l(i)], whose first is F_l(1)
         log_mid = torch.cat([log_cdf[:, :1], torch.logaddexp(log_cdf[:, :-1], log_cdf[:, 1:])], dim=1)  # (B, K)
         return (logp_w + log_mid - math.log(2)).logsumexp(-1)  # (B,)
     raise ValueError(f"ties must be strict or half, not {ties!r}")

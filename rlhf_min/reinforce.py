@@ -13,7 +13,11 @@ import torch
 
 
 def shaped_reward(reward, kl, beta):
-    """R = r − β · kl, (B,) × 2 → (B,), detached: the KL term's gradient comes through E[R ∇ log π] alone (eq. 3)."""
+    """R = r − β · kl, (B,) × 2 → (B,), detached (eq. 3).
+
+    With d = log π − log π_ref, KL = E[d] and ∇ KL = E[d ∇ log π] + E[∇ log π]. The second expectation is 0. So the
+    whole gradient comes through E[R ∇ log π], and a gradient through R itself would only add noise.
+    """
     return (reward - beta * kl).detach()
 
 
@@ -72,8 +76,9 @@ def kl_estimate(logprobs, ref_logprobs, mask, kind="k1"):
         k3 = e^(−d) − 1 + d     unbiased, ≥ 0
 
     Source: Schulman, "Approximating KL divergence" (2020), on whole answers. The sampler is the *first* argument, hence
-    the sign in k3. Differentiated as a loss, k1 has the expected gradient 0, k2 that of KL(π ‖ π_ref), k3 that of
-    KL(π_ref ‖ π); inside the detached reward, k1 gives the exact gradient.
+    the sign in k3. Differentiated as a loss, k1 has the expected gradient E[∇ log π] = 0; k2 has E[d ∇ log π], that of
+    KL(π ‖ π_ref); k3 has E[(1 − e^(−d)) ∇ log π], that of KL(π_ref ‖ π). Inside the detached reward, k1 gives the exact
+    gradient. tests/test_enumeration.py sums all of them over all answers.
 
     logprobs, ref_logprobs, mask: (B, T). Returns (B,). Raises ValueError for another kind.
     """

@@ -94,10 +94,10 @@ def sample(policy, prompts, uniform, temperature):
     """
     config = policy.generation_config
     prompt, attention_mask = pad(prompts, config.pad_token_id, policy.device, side="left")  # (B, P), (B, P)
-    room = uniform.shape[1] - attention_mask.sum(-1, keepdim=True)  # (B, 1)
+    room = uniform.shape[1] - attention_mask.sum(-1, keepdim=True)  # (B, 1) tokens that are left for each answer
     inputs = policy, prompt, attention_mask, uniform.to(policy.device), room, temperature
     tokens, probs = (gpu_step.decode(*inputs, draw) if prompt.is_cuda else None) or decode(*inputs)
-    if not probs.isfinite().all():
+    if not probs.isfinite().all():  # a NaN among the weights or in the cache stays, so the last step shows it
         raise UserError("the policy's logits are not finite: the run diverged; lower --lr")
     completions = tokens[:, prompt.shape[1] :]  # (B, T)
     in_room = torch.arange(completions.shape[1], device=tokens.device) < room  # (B, T)

@@ -82,7 +82,7 @@ def task_vector(init, policy, names):
 def merge(init, policies, by="block", how="slerp"):
     """θ_slerp: the policies' task vectors folded one after the other, group by group (Algorithm 1; eq. 26 for M > 2).
 
-        δ ← δ_1;   δ ← slerp(δ, δ_m, λ = 1/m)  for m = 2..M;   θ_slerp = θ_init + δ,      δ_m = θ_m − θ_init
+        δ ← δ_1;   δ ← slerp(δ, δ_m, λ = 1/m)  for m = 2..M;   θ_slerp = θ_init + δ,      δ_m = θ^m − θ_init
 
     For M = 2 this is λ = ½. For more the order matters: three orthonormal task vectors get the weights (.612, .612,
     .5), not 1/√3 each. With how = "linear" the fold is the plain mean. init: {name: tensor}; policies: M ≥ 1 such

@@ -41,7 +41,7 @@ def find_model(name):
         if os.path.isfile(folder / "config.json") or is_adapter(folder):
             return str(folder)
     if os.path.exists(name):
-        raise UserError(f"{name}: no config.json in it or in its model/; name a run folder or a transformers folder")
+        raise UserError(f"{name}: no config.json in it or in its model/; name a finished run or a transformers folder")
     if name.count("/") != 1 or name.startswith((".", "/", "~", "runs/")):
         raise UserError(f"{name}: no such folder; name a run folder, a transformers folder or a hub name owner/name")
     return name

@@ -26,12 +26,12 @@ from typing import ClassVar
 import torch
 
 from rlhf_min import pretrain, toy
-from rlhf_min.data import encode_pairs, load_pairs
+from rlhf_min.data import distinct, encode_pairs, load_pairs, split_pairs
 from rlhf_min.lora import LoRAOptions, add_lora, lora_layers, merge_lora, save_adapter
 from rlhf_min.losses import ordinal_loss, pairwise_loss
 from rlhf_min.reward_model import load_classifier, reward_and_sigma, row_logits
 from rlhf_min.support import parallel
-from rlhf_min.support.batches import Batches, shuffle
+from rlhf_min.support.batches import Batches
 from rlhf_min.support.errors import UserError, one_line_errors
 from rlhf_min.support.models import context_length, get_weights, save_model, set_weights, trained_weights
 from rlhf_min.support.options import option, parse_options
@@ -48,6 +48,7 @@ class RewardModelOptions(LoRAOptions):
 
     data: str = option(toy.TRAIN_PAIRS, "pairs: prompt/chosen/rejected, or text/label, which are paired in order")
     eval_data: str = option("", "pairs to validate on; without, --eval-fraction of --data is held out")
+    columns: list = option([], "new=old: other names of the data's fields; =old leaves a field out")
     eval_fraction: float = option(0.1, "share of --data to validate on without --eval-data", low=0.01, high=0.9)
     base: str = option(toy.POLICY, "model that gets the head: a run folder, a transformers folder or a hub name")
     head: str = option("scalar", "one reward, or the ratings 1 to 10", choices=["scalar", "ordinal"])
@@ -165,20 +166,22 @@ def load_base(options, device):
 
 def load_rows(options, tokenizer, max_length):
     """(rows to train on, rows to validate on, what was dropped and why) of the pairs that `options` name."""
-    pairs, unpaired = load_pairs(options.data, options.margin)
-    rows, dropped = encode_pairs(pairs, tokenizer, max_length)
-    dropped |= Counter({"without a partner of the other label": unpaired} if unpaired else {})
-    dropped = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+    found, unpaired = load_pairs(options.data, options.margin, options.columns)
+    pairs = distinct(found)
+    dropped = Counter({"copies": len(found) - len(pairs), "without a partner of the other label": unpaired})
     if options.eval_data:
-        eval_rows, _ = encode_pairs(load_pairs(options.eval_data, options.margin)[0], tokenizer, max_length)
+        found, _ = load_pairs(options.eval_data, options.margin, options.columns)
+        eval_pairs = distinct(found, pairs)
+        dropped["of --eval-data that are copies or in --data"] = len(found) - len(eval_pairs)
     else:
-        rows = shuffle(rows, torch.Generator().manual_seed(options.seed))
-        held_out = math.ceil(options.eval_fraction * len(rows))
-        eval_rows, rows = rows[:held_out], rows[held_out:]
+        pairs, eval_pairs = split_pairs(pairs, options.eval_fraction)
+    (rows, too_long), (eval_rows, _) = (encode_pairs(part, tokenizer, max_length) for part in (pairs, eval_pairs))
+    dropped = ", ".join(f"{count} {reason}" for reason, count in (dropped + too_long).items()) or "none"
     if len(rows) < options.batch_size or not eval_rows or (threshold(eval_rows) >= 1 and not options.accept_weak):
         found = f"{len(rows)} pairs to train and {len(eval_rows)} to validate on (dropped: {dropped})"
-        raise UserError(f"{options.data}: {found}; --batch-size {options.batch_size} and 10 are needed; lower "
-                        "--batch-size, change --eval-fraction, give more, or insist with --accept-weak")  # fmt: skip
+        need = f"--batch-size {options.batch_size} and 10 are needed, and no prompt is on both sides"
+        remedy = "lower --batch-size, change --eval-fraction, give more, or insist with --accept-weak"
+        raise UserError(f"{options.data}: {found}; {need}; {remedy}")
     return rows, eval_rows, dropped
 
 
@@ -218,7 +221,8 @@ def main(argv=None):
         if not log.writes:
             return
         accuracy, loss, margin = (validation[f"eval_{name}"] for name in ("accuracy", "loss", "margin"))
-        print(f"validation: accuracy {accuracy:.3f}, loss {loss:.3f}, margin {margin:.2f}")
+        of = ", of the weights with the lowest loss on these pairs" if options.keep == "best" else ""
+        print(f"validation: accuracy {accuracy:.3f}, loss {loss:.3f}, margin {margin:.2f}{of}")
         if accuracy <= threshold(eval_rows) and not options.accept_weak:
             chance = f"{threshold(eval_rows):.3f}, chance + 3 standard errors"
             raise UserError(f"validation accuracy {accuracy:.3f} is not above {chance}: no model saved; train longer, "

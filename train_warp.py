@@ -92,8 +92,7 @@ def train_policy(task, init, sft, options, log, iteration, run):
         ema_kl = reinforce.kl_estimate(logprobs.detach(), ema_logprobs, rollout.mask)  # (B,)
         anchor_kl = ema_kl if options.anchor == "ema" else kl  # (B,)
         shaped = reinforce.shaped_reward(scores["reward"], anchor_kl, options.beta)  # (B,)
-        b = baseline.value  # a number
-        advantage = shaped - b  # (B,)
+        advantage = shaped - baseline.value  # (B,)
 
         # (1) θ^m ← Opt(θ^m, A ∇ log π),  then  θ^m_ema ← (1−μ) θ^m_ema + μ θ^m
         optimizer.backward(reinforce.policy_gradient_loss(logprobs, advantage, rollout.mask))
@@ -102,8 +101,7 @@ def train_policy(task, init, sft, options, log, iteration, run):
             baseline.update(team.gather(shaped))
             ema = warp.ema_update(ema, trained_weights(policy), options.mu)
 
-        scores |= {"kl": kl, "advantage": advantage, "baseline": torch.zeros_like(kl) + b}
-        scores |= {"anchor_kl": anchor_kl}
+        scores |= {"kl": kl, "anchor_kl": anchor_kl, "advantage": advantage, "baseline": shaped - advantage}
         metrics = reinforce.step_metrics(team, rollout, logprobs, scores)
         log.step(iteration=iteration, run=run, step=step, **metrics, **optimizer.metrics)
     return dense_weights(policy)

@@ -42,7 +42,7 @@ class QualityOptions(RunOptions):
 def load_rated_pairs(source):
     """Pairs and their ratings [(chosen, rejected)], or None where the data have none."""
     pairs, _ = load_pairs(source)
-    rows = [row for _, row in read_rows(source)]
+    rows = read_rows(source)
     rated, keys = all("chosen_rating" in row for row in rows), ("chosen_rating", "rejected_rating")
     if rated and not all(isinstance(row.get(key), int | float) for row in rows for key in keys):
         raise UserError(f"{source}: chosen_rating and rejected_rating must be numbers in every row")

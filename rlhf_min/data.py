@@ -1,4 +1,4 @@
-"""Preference pairs, prompts and texts, from JSON Lines (plain or .gz) or a hub data set, and as token ids.
+"""Preference pairs, prompts and texts: rows of a file, what is read of them, and their token ids.
 
 Formats are TRL's. A preference row is `prompt`/`chosen`/`rejected`, each a string or a list of messages
 `{"role", "content"}`. Without `prompt`, chosen and rejected are whole texts or conversations. A labelled row is
@@ -7,7 +7,10 @@ Formats are TRL's. A preference row is `prompt`/`chosen`/`rejected`, each a stri
 
 import gzip
 import hashlib
+import itertools
 import json
+import math
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -17,6 +20,15 @@ import huggingface_hub
 
 from .support.errors import UserError, first_line
 from .support.files import whole
+
+LOADERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}  # what the library `datasets` reads
+QUESTIONS = """instruction question query input context system system_prompt conversations messages history dialogue
+tools passage document article post title human user""".split()  # fields that may hold what an answer answers
+PAIR_NEEDS = "a pair needs 'chosen' and 'rejected', or 'text' and 'label'; "
+# for a tokenizer without a chat template: a line a message, between the tokens that BERT reads, and EOS after an answer
+PLAIN_TEMPLATE = """{{ cls_token or '' }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}\
+{{ eos_token or '' if message['role'] == 'assistant' else '' }}{{ '\n' }}{% endfor %}\
+{% if add_generation_prompt %}assistant: {% else %}{{ sep_token or '' }}{% endif %}"""
 
 
 class Pair(NamedTuple):
@@ -28,60 +40,95 @@ class Pair(NamedTuple):
     may_be_cut: bool = False  # for a labelled text, whose beginning may stand for it; not for an answer to a prompt
     margin: float | None = None  # by how much the chosen answer is better, where the data say so
 
+    @property
+    def question(self):
+        """What both answers belong to: the prompt, else how both begin, else, for two texts, nothing but themselves."""
+        same = itertools.takewhile(lambda letters: letters[0] == letters[1], zip(self.chosen, self.rejected))
+        shared = "".join(letter for letter, _ in same)
+        return self.prompt or (shared if len(shared) > 20 else sorted([self.chosen, self.rejected]))
+
 
 class Prompt(NamedTuple):
     """What the policy continues: the token ids it sees, and the text or messages they stand for."""
 
     tokens: list[int]
     text: str | list
+    columns: dict | None = None  # the row's other fields, for reward functions
 
 
 # Rows
 
 
-def read_rows(source):
-    """Yield (where, row) for every line of a .jsonl or .jsonl.gz file, or of a hub data set `owner/name[:split]`."""
-    if not Path(source).is_file():
-        yield from _hub_rows(source)
-        return
-    empty = True
-    try:
-        with gzip.open(source, "rb") if source.endswith(".gz") else open(source, "rb") as file:
-            for number, line in enumerate(file, 1):  # as bytes: str.splitlines would cut at U+0085 and U+2028, too
-                if line.strip():
-                    yield f"{source}, line {number}", _row_of(line, f"{source}, line {number}")
-                    empty = False
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{source} cannot be read: {error}; is it a whole file?") from None
-    if empty:
+def read_rows(source, parse=lambda row: row, columns=()):
+    """[parse(row)] of every row that is not None: of a .jsonl or .jsonl.gz file, or of what `datasets` reads.
+
+    columns: ["new=old"], other names for fields; without a new name the field is left out. Where parse raises
+    ValueError, a row is wrong: UserError with the first one and their number.
+    """
+    names = dict(reversed(column.partition("=")[::2]) for column in columns)
+    parsed, wrong, count = [], [], 0
+    for where, content in _contents(source):
+        count += 1
+        try:
+            row = _json(content) if isinstance(content, bytes) else content
+            if not isinstance(row, dict):
+                raise ValueError(f"{type(row).__name__} where an object {{...}} belongs; one object a line")
+            if absent := names.keys() - row.keys():
+                raise ValueError(f"--columns: no field {min(absent)!r}; found {', '.join(row)}")
+            if taken := {*names.values()} & row.keys() - names.keys():
+                raise ValueError(f"--columns: there is a field {min(taken)!r} already; leave it out with ={min(taken)}")
+            row = {names.get(name, name): value for name, value in row.items()}
+            row.pop("", None)
+            parsed.append(parse(row))
+        except ValueError as error:
+            wrong.append(f"{where}: {error}")
+    if wrong:
+        raise UserError(wrong[0] + (f" ({len(wrong)} of {count} rows are wrong)" if len(wrong) > 1 else ""))
+    if not count:
         raise UserError(f"{source}: the file is empty; it needs at least one line")
+    return [row for row in parsed if row is not None]
 
 
-def _row_of(line, where):
+def _json(line):
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({str(error)[:80]}); one object a line") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: {type(row).__name__} where an object {{...}} belongs")
-    return row
+        raise ValueError(f"not JSON ({str(error)[:80]}); one object a line") from None
 
 
-def _hub_rows(source):
+def _contents(source):
+    """Yield (where, a line as bytes or a row) of a file or a hub data set `owner/name[:split]`."""
     name, _, split = source.partition(":")
-    is_file = Path(source).exists() or Path(source).suffix in (".jsonl", ".gz", ".txt")
-    if is_file or name.count("/") != 1 or source.startswith(("/", ".", "runs/")):
+    path, loader = Path(source), LOADERS.get(Path(source).suffix)
+    if path.is_file() and not loader:
+        try:
+            with gzip.open(source, "rb") if source.endswith(".gz") else open(source, "rb") as file:
+                for number, line in enumerate(file, 1):  # as bytes: str.splitlines would cut at U+0085 and U+2028, too
+                    if line.strip():
+                        yield f"{source}, line {number}", line
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{source} cannot be read: {error}; is it a whole file?") from None
+        return
+    on_the_hub = name.count("/") == 1 and not source.startswith(("/", ".", "runs/")) and not path.exists()
+    if not path.is_file() and (not on_the_hub or path.suffix in (*LOADERS, ".jsonl", ".gz", ".txt")):
         raise UserError(f"{source}: no such file; give a .jsonl or .jsonl.gz file or a hub data set owner/name")
     try:
         import datasets
 
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            huggingface_hub.HfApi().dataset_info(name, timeout=5)  # load_dataset would retry for half a minute
-        rows = datasets.load_dataset(name, split=split or "train")
+        datasets.disable_progress_bars()
+        if loader:
+            rows = datasets.load_dataset(loader, data_files=source, split="train")
+        else:
+            if not huggingface_hub.constants.HF_HUB_OFFLINE:
+                huggingface_hub.HfApi().dataset_info(name, timeout=5)  # load_dataset would retry for half a minute
+            rows = datasets.load_dataset(name, split=split or "train")
     except ImportError:
-        raise UserError(f"{source} is no file, and hub data sets need: pip install 'rlhf_min[data]'") from None
-    except Exception as error:  # the library raises a dozen kinds; all mean that the name or the split is wrong
-        raise UserError(f"{source}: no such file, and the hub says: {first_line(error)}") from None
+        what = f"a {path.suffix} file needs" if loader else "no file, and a hub data set needs"
+        raise UserError(f"{source}: {what} pip install 'rlhf_min[data]'; .jsonl needs nothing") from None
+    except (
+        Exception
+    ) as error:  # the library raises a dozen kinds; all mean that the file, the name or the split is wrong
+        raise UserError(f"{source} cannot be read as a data set: {first_line(error)}") from None
     for number, row in enumerate(rows, 1):
         yield f"{source}, row {number}", row
 
@@ -92,15 +139,16 @@ def write_jsonl(path, rows):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _text(row, key, where):
+def _text(row, key, need=""):
     value = row.get(key)
+    if key not in row:
+        raise ValueError(f"no field '{key}'; {need}found {', '.join(row)}")
     if not isinstance(value, str):
-        found = "missing" if key not in row else type(value).__name__
-        raise UserError(f"{where}: field '{key}' must be text, but is {found}; found {', '.join(row)}")
+        raise ValueError(f"field '{key}' must be text, but is {type(value).__name__}; found {', '.join(row)}")
     if not value.strip():
-        raise UserError(f"{where}: field '{key}' is empty")
+        raise ValueError(f"field '{key}' is empty")
     if any("\ud800" <= letter <= "\udfff" for letter in value):  # JSON can spell it, no tokenizer takes it
-        raise UserError(f"{where}: field '{key}' has half of a surrogate pair (\\ud800 to \\udfff); remove it")
+        raise ValueError(f"field '{key}' has half of a surrogate pair (\\ud800 to \\udfff); remove it")
     return value
 
 
@@ -114,75 +162,116 @@ def _is_whole(row):
     return _is_conversation(chosen) and not isinstance(row.get("prompt"), list) and chosen[0]["role"] != "assistant"
 
 
-def _messages(messages, key, where):
+def _messages(messages, key):
     if not _is_conversation(messages):
-        raise UserError(f"{where}: '{key}' must be text or a list of messages, like the others")
+        raise ValueError(f"'{key}' must be text or a list of messages, like the others")
     for message in messages:
         for part in ("role", "content"):
-            _text(message if isinstance(message, dict) else {}, part, f"{where}, a message of '{key}'")
+            _text(message if isinstance(message, dict) else {}, part, f"a message of '{key}' needs it; ")
     return messages
 
 
-def _answer(messages, key, where):
+def _answer(messages, key):
     """The text of the one assistant message that an answer consists of."""
     if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise UserError(f"{where}: '{key}' must end in exactly one assistant message after the prompt")
+        raise ValueError(f"'{key}' must end in exactly one assistant message after the prompt")
     return messages[0]["content"]
 
 
-def _prompt(prompt, where):
-    if isinstance(prompt, list) and _messages(prompt, "prompt", where)[-1]["role"] == "assistant":
-        raise UserError(f"{where}: the last message of 'prompt' is the assistant's; it must be the user's")
-    return prompt if isinstance(prompt, list) else _text({"prompt": prompt}, "prompt", where)
+def _prompt(prompt):
+    if isinstance(prompt, list) and _messages(prompt, "prompt")[-1]["role"] == "assistant":
+        raise ValueError("the last message of 'prompt' is the assistant's; it must be the user's")
+    return prompt if isinstance(prompt, list) else _text({"prompt": prompt}, "prompt")
 
 
-def pair_of_row(where, row):
-    """The Pair of a row of read_rows that is no labelled text."""
+def _check_all_is_read(row, used, long_texts=False):
+    """ValueError for a field that may hold the question and is not read: one of QUESTIONS, and with `long_texts` any
+    conversation and any text of more than five words. What repeats the text that is read is fine."""
+    read = json.dumps([row.get(name) for name in used])
+    for name, value in row.items():
+        long = isinstance(value, list | dict) or (isinstance(value, str) and len(value.split()) > 5)
+        suspect = name not in used and value and (name in QUESTIONS or (long_texts and long))
+        if suspect and json.dumps(value)[1:-1] not in read:
+            fix = "put it into 'prompt'" if "prompt" in row else f"--columns prompt={name} reads it as the prompt"
+            raise ValueError(f"field '{name}' would not be read; {fix}; --columns ={name} leaves it out")
+
+
+def pair_of_row(row):
+    """The Pair of a row that is no labelled text."""
     for key in ("chosen", "rejected"):
         if key not in row:
-            need = "a pair needs 'chosen' and 'rejected', or 'text' and 'label'"
-            raise UserError(f"{where}: no field '{key}'; {need}; found {', '.join(row)}")
+            raise ValueError(f"no field '{key}'; {PAIR_NEEDS}found {', '.join(row)}")
+    _check_all_is_read(row, ("prompt", "chosen", "rejected", "margin"), long_texts=True)
     prompt, chosen, rejected, margin = row.get("prompt", ""), row["chosen"], row["rejected"], row.get("margin")
     if margin is not None and not (isinstance(margin, int | float) and abs(margin) < 1e38):
-        raise UserError(f"{where}: 'margin' must be a finite number, but is {margin!r}")
+        raise ValueError(f"'margin' must be a finite number, but is {margin!r}")
     if not _is_conversation(chosen):
-        prompt = _prompt(prompt, where) if prompt != "" else ""
-        return Pair(prompt, _text(row, "chosen", where), _text(row, "rejected", where), margin=margin)
-    chosen, rejected = _messages(chosen, "chosen", where), _messages(rejected, "rejected", where)
+        prompt = _prompt(prompt) if prompt != "" else ""
+        return Pair(prompt, _text(row, "chosen"), _text(row, "rejected"), margin=margin)
+    chosen, rejected = _messages(chosen, "chosen"), _messages(rejected, "rejected")
     if _is_whole(row):  # the prompt is the shared beginning of both conversations
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    answers = _answer(chosen, "chosen", where), _answer(rejected, "rejected", where)
-    return Pair(_prompt(prompt, where), *answers, margin=margin)
+    elif isinstance(prompt, str):
+        prompt = [{"role": "user", "content": _text(row, "prompt")}]
+    return Pair(_prompt(prompt), _answer(chosen, "chosen"), _answer(rejected, "rejected"), margin=margin)
 
 
-def load_pairs(source, margin=False):
+def load_pairs(source, margin=False, columns=()):
     """Preference pairs, or labelled texts paired by the WARP report's recipe: the i-th good with the i-th bad text.
 
     Returns the pairs and how many labelled texts found no partner. With `margin`, UserError for a row without one.
     """
-    pairs, good, bad = [], [], []
-    for where, row in read_rows(source):
-        if margin and ("chosen" not in row or row.get("margin") is None):
-            raise UserError(f"{where}: a pair with a field 'margin' is needed; add the field or leave out --margin")
-        if "label" in row and "chosen" not in row:
-            if row["label"] not in (0, 1):
-                raise UserError(f"{where}: 'label' must be 0 (bad) or 1 (good), but is {row['label']!r}")
-            (good if row["label"] else bad).append(_text(row, "text", where))
-        else:
-            pairs.append(pair_of_row(where, row))
+    good, bad = [], []
+
+    def parse(row):
+        if margin and ("chosen" not in row or "margin" not in row):
+            raise ValueError("a pair with a field 'margin' is needed; add the field or leave out --margin")
+        if "label" not in row or "chosen" in row:
+            return pair_of_row(row)
+        text = _text(row, "text", PAIR_NEEDS)
+        if row["label"] not in (0, 1):
+            raise ValueError(f"'label' must be 0 (bad) or 1 (good), but is {row['label']!r}")
+        (good if row["label"] else bad).append(text)
+        return None
+
+    pairs = read_rows(source, parse, columns)
     pairs += [Pair("", chosen, rejected, may_be_cut=True) for chosen, rejected in zip(good, bad)]
     if not pairs:
         raise UserError(f"{source}: no pair; labelled texts need both labels, 1 and 0")
     return pairs, abs(len(good) - len(bad))
 
 
+def distinct(pairs, others=()):
+    """The pairs, each once, that are not among the others, whichever of their two answers is the better one."""
+    key = lambda pair: json.dumps([pair.prompt, sorted(pair[1:3])])
+    seen, kept = {key(pair) for pair in others}, []
+    for pair in pairs:
+        if key(pair) not in seen:
+            kept.append(pair)
+            seen.add(key(pair))
+    return kept
+
+
+def split_pairs(pairs, fraction):
+    """(training, held-out) pairs. All pairs of a question are on one side, and which one does not depend on a seed."""
+    ordered = sorted(pairs, key=lambda pair: by_hash(pair.question))
+    count = math.ceil(fraction * len(pairs))
+    while 0 < count < len(pairs) and ordered[count].question == ordered[count - 1].question:
+        count += 1
+    return ordered[count:], ordered[:count]
+
+
+def by_hash(text):
+    """A key of sorting that is random and always the same."""
+    return hashlib.sha256(json.dumps(text).encode()).digest()
+
+
 def read_texts(source):
-    """Yield the field `text` of every row."""
-    for where, row in read_rows(source):
-        yield _text(row, "text", where)
+    """The field `text` of every row."""
+    return read_rows(source, lambda row: _text(row, "text"))
 
 
 def load_prompts(source, tokenizer, options):
@@ -192,28 +281,35 @@ def load_prompts(source, tokenizer, options):
     out, and so is a `prompt` of more than `options.max_prompt_characters`, if that is not 0. Every prompt must leave
     room for at least one token of `options.max_length`.
     """
-    prompts = {}
-    for where, row in read_rows(source):
+
+    def parse(row):
+        columns = {name: value for name, value in row.items() if name != "prompt"}
         if "prompt" not in row and not _is_whole(row):
-            prompt = _prompt_of_text(tokenizer, _text(row, "text", where), options.prompt_tokens)
+            text = _text(row, "text", "a prompt needs 'prompt', or 'text', whose first tokens it is; ")
+            _check_all_is_read(row, ("text",))
+            # cut for speed: tokens average far fewer than 32 characters; a BOS, where there is one, counts as a token
+            tokens = tokenizer(text[: 32 * options.prompt_tokens])["input_ids"][: options.prompt_tokens]
+            if len(tokens) < options.prompt_tokens:
+                return None
+            prompt = Prompt(tokens, tokenizer.decode(tokens, skip_special_tokens=True), columns)
         else:
-            text = pair_of_row(where, row).prompt if _is_whole(row) else _prompt(row["prompt"], where)
+            text = pair_of_row(row).prompt if _is_whole(row) else _prompt(row["prompt"])
+            _check_all_is_read(row, ("prompt", "chosen", "rejected"))
             length = len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
-            fits = not options.max_prompt_characters or length <= options.max_prompt_characters
-            prompt = Prompt(encode_prompt(tokenizer, text), text) if fits else None
-        if prompt and not 0 < len(prompt.tokens) < options.max_length:
-            raise UserError(f"{where}: a prompt of {len(prompt.tokens)} tokens; raise --max-length")
-        if prompt:
-            prompts.setdefault(json.dumps(prompt.text), prompt)
+            if 0 < options.max_prompt_characters < length:
+                return None
+            prompt = Prompt(encode_prompt(tokenizer, text), text, columns)
+        if not 0 < len(prompt.tokens) < options.max_length:
+            raise ValueError(f"a prompt of {len(prompt.tokens)} tokens; raise --max-length")
+        return prompt
+
+    prompts = read_rows(source, parse, options.columns)
     if not prompts:
         raise UserError(f"{source}: no prompt is left; lower --prompt-tokens, or raise --max-prompt-characters")
-    return list(prompts.values())
-
-
-def _prompt_of_text(tokenizer, text, count):
-    # cut for speed: tokens average far fewer than 32 characters; a BOS, where there is one, counts as a token
-    tokens = tokenizer(text[: 32 * count])["input_ids"][:count]
-    return Prompt(tokens, tokenizer.decode(tokens, skip_special_tokens=True)) if len(tokens) == count else None
+    different = {}
+    for prompt in prompts:
+        different.setdefault(json.dumps(prompt.text), prompt)
+    return list(different.values())
 
 
 def without(prompts, others):
@@ -226,7 +322,7 @@ def hold_out(prompts, count, which):
     """`count` of the prompts, whatever the seed: those whose text has the smallest hash. UserError for too few."""
     if len(prompts) < count:
         raise UserError(f"only {len(prompts)} distinct prompts {which}; {count} are needed")
-    return sorted(prompts, key=lambda prompt: hashlib.sha256(json.dumps(prompt.text).encode()).digest())[:count]
+    return sorted(prompts, key=lambda prompt: by_hash(prompt.text))[:count]
 
 
 def split_prompts(prompts, eval_prompts, count):
@@ -249,10 +345,11 @@ def encode_prompt(tokenizer, prompt):
 
 
 def apply_chat_template(tokenizer, messages, **kwargs):
-    """The conversation as one string; UserError where the tokenizer has no template or the template refuses."""
+    """The conversation as one string; UserError where the template refuses. Without one, PLAIN_TEMPLATE is taken."""
     name = tokenizer.name_or_path
     if tokenizer.chat_template is None:
-        raise UserError(f"{name}: its tokenizer has no chat template for messages; use data of plain text")
+        tokenizer.chat_template = PLAIN_TEMPLATE  # and saves it with its model
+        print(f"{name}: no chat template; messages are written as lines 'role: content'", file=sys.stderr)
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except Exception as error:  # templates are programs: they raise what they like

@@ -27,6 +27,7 @@ class SamplingOptions(RunOptions):
     """What every script has that samples answers."""
 
     prompts: str = option(toy.PROMPTS, "x: lines with 'prompt', or with 'text', whose first tokens are the prompt")
+    columns: list = option([], "new=old: other names of the fields of prompts; =old leaves a field out")
     prompt_tokens: int = option(10, "tokens of a 'text' that make a prompt", low=1)
     max_prompt_characters: int = option(0, "leave out longer prompts; 0 keeps all", low=0)
     temperature: float = option(0.7, "of sampling and scoring: it belongs to the policy", low=0.01)

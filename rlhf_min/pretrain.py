@@ -105,7 +105,7 @@ def main(argv=None):
     log = RunLog(options)
     if options.data == toy.REVIEWS and not Path(toy.PROMPTS).exists():
         toy.write_world(toy.FOLDER)
-    texts = list(read_texts(options.data))
+    texts = read_texts(options.data)
     with log.running():
         torch.manual_seed(options.seed)
         tokenizer = train_tokenizer(texts, options.vocab_size)

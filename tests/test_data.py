@@ -11,7 +11,19 @@ import pytest
 import torch
 
 from rlhf_min import data
-from rlhf_min.data import Pair, Prompt, load_pairs, read_rows, read_texts, split_prompts, write_jsonl
+from rlhf_min.data import (
+    Pair,
+    Prompt,
+    apply_chat_template,
+    distinct,
+    encode_answer,
+    load_pairs,
+    read_rows,
+    read_texts,
+    split_pairs,
+    split_prompts,
+    write_jsonl,
+)
 from rlhf_min.support.batches import Batches, group_by_length, pad
 from rlhf_min.support.errors import UserError
 
@@ -25,7 +37,12 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{
 
 def load_prompts(path, tokenizer, *rows, prompt_tokens=3, max_length=64, max_prompt_characters=0):
     """The prompts of a file that has these rows."""
-    options = {"prompt_tokens": prompt_tokens, "max_length": max_length, "max_prompt_characters": max_prompt_characters}
+    options = {
+        "prompt_tokens": prompt_tokens,
+        "max_length": max_length,
+        "max_prompt_characters": max_prompt_characters,
+        "columns": [],
+    }
     write_jsonl(path, rows)
     return data.load_prompts(str(path), tokenizer, SimpleNamespace(**options))
 
@@ -42,9 +59,9 @@ def test_rows_survive_exotic_separators(tmp_path, windows):
     (tmp_path / "a.jsonl").write_bytes(content)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
     for source in (f"{tmp_path}/a.jsonl", f"{tmp_path}/a.jsonl.gz"):
-        assert list(read_rows(source)) == [(f"{source}, line {n}", {"text": t}) for n, t in ((1, EXOTIC), (4, "next"))]
+        assert read_rows(source) == [{"text": EXOTIC}, {"text": "next"}]
     write_jsonl(tmp_path / "b.jsonl", [{"text": EXOTIC}, {"text": "next"}])
-    assert list(read_texts(f"{tmp_path}/b.jsonl")) == [EXOTIC, "next"]
+    assert read_texts(f"{tmp_path}/b.jsonl") == [EXOTIC, "next"]
     assert len((tmp_path / "b.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
@@ -81,7 +98,7 @@ def test_broken_files_are_refused(tmp_path, name, content, fragment):
     """What is not JSON Lines, or a gzip file that is cut off or damaged, is refused with file and line."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(fragment)):
-        list(read_rows(f"{tmp_path}/{name}"))
+        read_rows(f"{tmp_path}/{name}")
 
 
 def test_hub_data_sets_go_through_datasets(monkeypatch):
@@ -92,11 +109,11 @@ def test_hub_data_sets_go_through_datasets(monkeypatch):
             raise ValueError("Unknown split\nand more")
         return [{"chosen": name, "rejected": split}]
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, disable_progress_bars=int))
     assert load_pairs("owner/name:validation")[0] == [Pair("", "owner/name", "validation")]
-    assert list(read_rows("owner/name")) == [("owner/name, row 1", {"chosen": "owner/name", "rejected": "train"})]
-    with pytest.raises(UserError, match=r"^owner/name:nope: .*Unknown split$"):
-        list(read_rows("owner/name:nope"))
+    assert read_rows("owner/name") == [{"chosen": "owner/name", "rejected": "train"}]
+    with pytest.raises(UserError, match=r"^owner/name:nope .*Unknown split$"):
+        read_rows("owner/name:nope")
 
 
 @pytest.mark.parametrize("source", ["none.jsonl", "owner/none.jsonl", "runs/none", "a/b/none.gz", "./none", "none"])
@@ -104,7 +121,7 @@ def test_a_missing_file_is_not_taken_for_a_hub_name(monkeypatch, source):
     """What ends like a file, or is no owner/name, is a missing file, and the hub is not asked."""
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: pytest.fail("asked")))
     with pytest.raises(UserError, match=f"^{re.escape(source)}: no such file"):
-        list(read_rows(source))
+        read_rows(source)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +134,8 @@ def test_a_missing_file_is_not_taken_for_a_hub_name(monkeypatch, source):
         ({"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, Pair([SYSTEM, USER], "Great.", "Dull.")),
         ({"prompt": "A film?", "chosen": [*TURNS, GOOD], "rejected": [*TURNS, BAD]}, Pair(TURNS, "Great.", "Dull.")),
         ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, Pair([USER], "Great.", "Great.")),
+        ({"prompt": "A film?", "chosen": [GOOD], "rejected": [BAD]}, Pair([USER], "Great.", "Dull.")),
+        ({"prompt": "x", "chosen": "y", "rejected": "z", "messages": ["x", "y"][:1], "id": "7"}, Pair("x", "y", "z")),
     ],
 )
 def test_pairs(tmp_path, row, pair):
@@ -146,11 +165,14 @@ def test_labelled_texts_are_paired_in_order(tmp_path):
         ({"text": "a", "label": "1"}, "'label' must be 0 (bad) or 1 (good), but is '1'"),
         ({"chosen": [USER, GOOD], "rejected": "b"}, "'rejected' must be text or a list of messages, like the others"),
         ({"chosen": "a", "rejected": [USER, BAD]}, "'rejected' must be text, but is list"),
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": [{"role": "assistant"}]}, "'content' must be text"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [{"role": "assistant"}]}, "no field 'content'"),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER]}, "exactly one assistant message"),
         ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "exactly one assistant message"),
         ({"prompt": [USER, GOOD], "chosen": [GOOD], "rejected": [BAD]}, "it must be the user's"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "'prompt' is empty"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "no field 'prompt'"),
+        ({"tools": [{"name": "f"}], "chosen": "a", "rejected": "b"}, "field 'tools' would not be read"),
+        ({"context": "x", "prompt": "y", "chosen": "a", "rejected": "b"}, "put it into 'prompt'; --columns =context"),
+        ({"blurb": "one two three four five six", "chosen": "a", "rejected": "b"}, "--columns prompt=blurb reads it"),
         ({"chosen": "a", "rejected": "b", "margin": "1.5"}, "'margin' must be a finite number, but is '1.5'"),
         ({"chosen": "a", "rejected": "b", "margin": float("nan")}, "'margin' must be a finite number, but is nan"),
         ({"chosen": "a", "rejected": "b", "margin": 10**400}, "'margin' must be a finite number"),
@@ -212,17 +234,19 @@ def test_long_prompts_are_left_out(tmp_path, tiny_tokenizer, monkeypatch, limit,
     ("row", "fragment"),
     [
         ({"text": "I"}, "lower --prompt-tokens, or raise --max-prompt-characters"),
-        ({"prompt": [USER]}, "no chat template"),
-        ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, "no chat template"),
+        ({"prompt": "a", "tools": [{"name": "f"}]}, "field 'tools' would not be read; put it into 'prompt'"),
         ({"prompt": [USER, GOOD]}, "it must be the user's"),
         ({"prompt": ["a"]}, "must be text or a list of messages"),
-        ({"prompt": [USER, {"content": "no role"}]}, "field 'role' must be text, but is missing"),
-        ({"title": "a"}, "p.jsonl, line 1: field 'text' must be text, but is missing; found title"),
+        ({"prompt": [USER, {"content": "no role"}]}, "no field 'role'; a message of 'prompt' needs it"),
+        (
+            {"title": "a"},
+            "line 1: no field 'text'; a prompt needs 'prompt', or 'text', whose first tokens it is; found",
+        ),
         ({"chosen": [USER, GOOD]}, "p.jsonl, line 1: no field 'rejected'"),
     ],
 )
 def test_bad_prompts_are_refused(tmp_path, tiny_tokenizer, row, fragment):
-    """A row that is no prompt, or for which the tokenizer has no template, is refused with a sentence."""
+    """A row that is no prompt, or whose question would not be read, is refused with a sentence."""
     with pytest.raises(UserError, match=re.escape(fragment)):
         load_prompts(tmp_path / "p.jsonl", tiny_tokenizer, row)
 
@@ -298,3 +322,69 @@ def test_rows_of_similar_length_go_together():
     rows = [[0] * length for length in (10, 100, 40, 10)]
     assert group_by_length(rows, torch.device("cpu")) == [[1], [2, 0, 3]]
     assert group_by_length(rows, torch.device("cuda")) == [[0, 1, 2, 3]]
+
+
+# What is read, and what is held out
+
+
+def test_columns_rename_and_leave_out(tmp_path):
+    """new=old renames a field in every row, =old leaves it out; what is not there, or is there twice, is refused."""
+    source = f"{tmp_path}/p.jsonl"
+    write_jsonl(
+        source, [{"question": "A film?", "chosen": "a", "rejected": "b", "why": "one two three four five six"}] * 2
+    )
+    assert load_pairs(source, columns=["prompt=question", "=why"])[0] == [Pair("A film?", "a", "b")] * 2
+    with pytest.raises(
+        UserError, match=r"line 1: --columns: no field 'body'; found question, .* \(2 of 2 rows are wrong"
+    ):
+        load_pairs(source, columns=["prompt=body"])
+    with pytest.raises(UserError, match="there is a field 'chosen' already"):
+        load_pairs(source, columns=["chosen=why"])
+
+
+def test_copies_are_left_out():
+    """A pair counts once, also with its answers exchanged; what is among the others does not count."""
+    pairs = [Pair("p", "a", "b"), Pair("p", "b", "a"), Pair("q", "a", "b"), Pair("p", "a", "c"), Pair("p", "a", "b")]
+    assert distinct(pairs) == [pairs[0], pairs[2], pairs[3]]
+    assert distinct(pairs, [Pair("p", "c", "a"), Pair("q", "b", "a")]) == [pairs[0]]
+
+
+@pytest.mark.parametrize("kind", ["prompts", "transcripts"])
+def test_no_question_is_on_both_sides(kind):
+    """All pairs of a prompt, or of transcripts that begin alike, are held out together, whatever their order."""
+    begin = lambda i: f"Human: what do you think of film {i // 3:02d}? Assistant:"
+    if kind == "prompts":
+        pairs = [Pair(begin(i), f"good {i}", f"bad {i}") for i in range(60)]
+    else:
+        pairs = [Pair("", f"{begin(i)} good {i}", f"{begin(i)} bad {i}") for i in range(60)]
+    train, held_out = split_pairs(pairs, 0.25)
+    assert {*train}.isdisjoint(held_out) and len(train) + len(held_out) == 60 and 15 <= len(held_out) <= 17
+    assert {pair.question for pair in train}.isdisjoint(pair.question for pair in held_out)
+    assert {*split_pairs(pairs[::-1], 0.25)[1]} == {*held_out}
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a.json", '[{"text": "one"}, {"text": "two"}]'), ("b.json", '[\n {"text": "one"},\n {"text": "two"}\n]'),
+    ("c.csv", "text,label\none,1\ntwo,0\n"),
+])  # fmt: skip
+def test_other_files_go_through_datasets(tmp_path, monkeypatch, name, text):
+    """Arrays of JSON and CSV are read where `datasets` is installed; else the extra is named."""
+    (tmp_path / name).write_text(text)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(UserError, match=rf"a \.{name[2:]} file needs pip install 'rlhf_min\[data\]'"):
+            read_texts(f"{tmp_path}/{name}")
+    pytest.importorskip("datasets")
+    assert read_texts(f"{tmp_path}/{name}") == ["one", "two"]
+
+
+def test_messages_without_a_chat_template(tiny_tokenizer, monkeypatch, capsys):
+    """They are written as plain lines, EOS behind an answer, which is said once; BERT gets its [CLS] and [SEP]."""
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
+    read = lambda *args: tiny_tokenizer.decode(encode_answer(tiny_tokenizer, *args))
+    assert read([SYSTEM, USER], "Great.") == "system: Be brief.\nuser: A film?\nassistant: Great.<|endoftext|>\n"
+    assert read([USER], "Gre", False) == "user: A film?\nassistant: Gre"
+    assert capsys.readouterr().err.count("no chat template") == 1
+    monkeypatch.setattr(tiny_tokenizer, "_special_tokens_map", {"cls_token": "[C]", "sep_token": "[S]"})
+    text = apply_chat_template(tiny_tokenizer, [USER])
+    assert text == "[C]user: A film?\n[S]"

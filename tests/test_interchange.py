@@ -93,7 +93,7 @@ def run(script, flags, out):
 
 def pairs_of_the_world(count):
     """The first of its preference pairs, with TRL's columns only."""
-    rows = [row for _, row in read_rows(toy.TRAIN_PAIRS)][:count]
+    rows = read_rows(toy.TRAIN_PAIRS)[:count]
     return [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
 
 

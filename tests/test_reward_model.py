@@ -238,23 +238,28 @@ def write_pairs(tmp_path, monkeypatch, tiny_policy, tiny_tokenizer):
     """Work in a new folder with a base; returns a function that writes 60 pairs, reversed where a sign is 1."""
     monkeypatch.chdir(tmp_path)
     save_model(tiny_policy, tiny_tokenizer, "base")
-    answers = [(f" was great fun. {i}", f" was dull. {i}") for i in range(60)]
-    row = lambda pair, sign: {"prompt": "The film", "chosen": pair[sign], "rejected": pair[1 - sign]}
-    return lambda signs: write_jsonl("pairs.jsonl", map(row, answers, signs))
+    answers = [(f" was great fun. {i}", f" was dull. {i}") for i in range(120)]
+    row = lambda i, sign: {
+        "prompt": f"The film{' ' * (i % 9)}",
+        "chosen": answers[i][sign],
+        "rejected": answers[i][not sign],
+    }
+    write_jsonl("eval.jsonl", [row(i, 0) for i in range(60, 120)])
+    return lambda signs: write_jsonl("pairs.jsonl", map(row, range(60), signs))
 
 
 @pytest.mark.parametrize("head", [["scalar"], ["ordinal"], ["ordinal", "--ties", "half"]], ids=" ".join)
 def test_a_reward_model_learns_and_is_saved_as_it_was_validated(write_pairs, head):
     """On honest labels accuracy is above chance, the saved judge prefers what was chosen, and has the same metrics."""
     write_pairs([0] * 60)
-    train_rm.main([*FLAGS, "--head", *head, "--eval-data", "pairs.jsonl"])
+    train_rm.main([*FLAGS, "--head", *head, "--eval-data", "eval.jsonl"])
     summary = json.loads(Path("rm", "summary.json").read_text())
     assert (summary["train_pairs"], summary["eval_pairs"]) == (60, 60)
     assert summary["eval_accuracy"] > 0.95
     judge = load_judge("rm", CPU)
     good, bad = judge(["The film"] * 2, [" was great fun. 3", " was dull. 3"], YES)[0]
     assert good > bad + 0.5
-    rows, _ = encode_pairs(load_pairs("pairs.jsonl")[0], judge.tokenizer, 64)
+    rows, _ = encode_pairs(load_pairs("eval.jsonl")[0], judge.tokenizer, 64)
     options = train_rm.RewardModelOptions(precision="fp32", head=head[0], ties=head[-1] if head[1:] else "strict")
     again = train_rm.evaluate_pairs(judge.model, rows, judge.tokenizer, options)
     assert {name: summary[name] for name in again} == pytest.approx(again, abs=1e-5)

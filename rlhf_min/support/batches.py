@@ -3,11 +3,6 @@
 import torch
 
 
-def shuffle(items, generator):
-    """The items in a random order, as a new list."""
-    return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
-
-
 def pad(rows, pad_token_id, device, side="right"):
     """B lists of token ids → tokens (B, L), attention_mask (B, L) bool, True on the real tokens."""
     width = max(map(len, rows))

@@ -111,10 +111,10 @@ def main(argv=None):
     options = parse_options(ReinforceOptions, argv)
     device = resolve_device(options)
     log = RunLog(options, parallel.join(options.batch_size, options.num_generations))
-    prepare_world([options.prompts, options.policy, options.reward_model, *named_judges(options.judges).values()])
+    prepare_world([options.prompts, options.policy, *options.reward_model, *named_judges(options.judges).values()])
     task = load_task(options, device)
     if options.sigma != "off" and not task.judges["reward"].has_sigma:
-        raise UserError(f"--sigma {options.sigma}: {options.reward_model} gives no σ; name an ordinal reward model")
+        raise UserError(f"--sigma {options.sigma}: {options.reward_model[0]} gives no σ; name an ordinal reward model")
 
     with log.running():
         sft = dense_weights(task.policy)

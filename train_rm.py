@@ -175,8 +175,9 @@ def load_rows(options, tokenizer, max_length):
         dropped["of --eval-data that are copies or in --data"] = len(found) - len(eval_pairs)
     else:
         pairs, eval_pairs = split_pairs(pairs, options.eval_fraction)
-    (rows, too_long), (eval_rows, _) = (encode_pairs(part, tokenizer, max_length) for part in (pairs, eval_pairs))
-    dropped = ", ".join(f"{count} {reason}" for reason, count in (dropped + too_long).items()) or "none"
+    encoded = [encode_pairs(part, tokenizer, max_length) for part in (pairs, eval_pairs)]
+    (rows, unfit), (eval_rows, eval_unfit) = encoded
+    dropped = ", ".join(f"{count} {why}" for why, count in (dropped + unfit + eval_unfit).items()) or "none"
     if len(rows) < options.batch_size or not eval_rows or (threshold(eval_rows) >= 1 and not options.accept_weak):
         found = f"{len(rows)} pairs to train and {len(eval_rows)} to validate on (dropped: {dropped})"
         need = f"--batch-size {options.batch_size} and 10 are needed, and no prompt is on both sides"
@@ -210,7 +211,8 @@ def main(argv=None):
     log = RunLog(options, parallel.join(options.batch_size))
     prepare_world([options.data, options.eval_data, options.base])
     model, tokenizer = load_base(options, device)
-    train_rows, eval_rows, dropped = load_rows(options, tokenizer, min(options.max_length, context_length(model)))
+    tokenizer.model_max_length = min(options.max_length, context_length(model))  # saved with it: what the judge reads
+    train_rows, eval_rows, dropped = load_rows(options, tokenizer, tokenizer.model_max_length)
 
     with log.running():
         if log.writes:

@@ -154,7 +154,7 @@ def main(argv=None):
     options = parse_options(WarpOptions, argv)
     device = resolve_device(options)
     log = RunLog(options, parallel.join(options.batch_size, runs=options.runs))
-    prepare_world([options.prompts, options.policy, options.reward_model, *named_judges(options.judges).values()])
+    prepare_world([options.prompts, options.policy, *options.reward_model, *named_judges(options.judges).values()])
     task = load_task(options, device)
 
     with log.running():

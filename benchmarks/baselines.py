@@ -181,7 +181,7 @@ def main(argv=None):
     options = parse_options(BaselineOptions, argv)
     device = resolve_device(options)
     log = RunLog(options)
-    prepare_world([options.prompts, options.policy, options.reward_model])
+    prepare_world([options.prompts, options.policy, *options.reward_model])
     options.judges = options.judges or toy.JUDGES  # for begun reviews, too, which are another file of the same world
     task = load_task(options, device)
     with log.running():

@@ -80,8 +80,8 @@ def arm_settings(arm, judge, answers, options):
 def reweighted(judge, weight):
     """A judge whose reward is r · weight(σ)."""
 
-    def reweighted_judge(*inputs):
-        reward, sigma = judge(*inputs)
+    def reweighted_judge(*inputs, **columns):
+        reward, sigma = judge(*inputs, **columns)
         return reward * weight(sigma), sigma
 
     return reweighted_judge
@@ -120,7 +120,7 @@ def main(argv=None):
     options = parse_options(LevelOptions, argv)
     device = resolve_device(options)
     log = RunLog(options)
-    train_rm.prepare_world([options.prompts, toy.EVAL_PAIRS, options.policy, options.reward_model])
+    train_rm.prepare_world([options.prompts, toy.EVAL_PAIRS, options.policy, *options.reward_model])
     task = load_task(options, device)
     reference, _ = load_policy(options.policy, device, options.max_length)
     pairs, ratings = load_rated_pairs(toy.EVAL_PAIRS)

@@ -356,12 +356,11 @@ def apply_chat_template(tokenizer, messages, **kwargs):
         raise UserError(f"{name}: its chat template refuses a conversation: {first_line(error)}") from None
 
 
-def encode_answer(tokenizer, prompt, completion, ended=True, max_length=None, keep="end"):
+def encode_answer(tokenizer, prompt, completion, ended=True):
     """Token ids of prompt and answer as the judge reads them; the one place for training and scoring alike.
 
     Text is concatenated, and EOS appended where it is missing and the answer has ended. Messages go through the judge's
-    own chat template. Longer than `max_length` loses tokens of its beginning, so that the answer stays (`keep="end"`),
-    or of its end (`keep="start"`), and then has not ended.
+    own chat template.
     """
     plain = isinstance(prompt, str)
     if plain:
@@ -372,9 +371,12 @@ def encode_answer(tokenizer, prompt, completion, ended=True, max_length=None, ke
         text = apply_chat_template(tokenizer, prompt, add_generation_prompt=True) + completion
     ids = tokenizer(text, add_special_tokens=plain)["input_ids"]
     eos = tokenizer.eos_token_id
-    if plain and ended and eos is not None and (not ids or ids[-1] != eos):
-        ids = [*ids, eos]
-    if max_length is None or len(ids) <= max_length:
+    return [*ids, eos] if plain and ended and eos is not None and (not ids or ids[-1] != eos) else ids
+
+
+def cut(tokenizer, ids, max_length, keep):
+    """At most `max_length` of the ids: the `keep` "start" or "end" of them, between the tokens that BERT reads."""
+    if len(ids) <= max_length:
         return ids
     first = [i for i in ids[:1] if i in (tokenizer.cls_token_id, tokenizer.bos_token_id)]  # [CLS] is what BERT pools
     last = [i for i in ids[-1:] if i == tokenizer.sep_token_id]
@@ -387,11 +389,10 @@ def encode_pairs(pairs, tokenizer, max_length):
     """[(chosen ids, rejected ids, margin)] and a Counter of the pairs that were dropped, by reason."""
     rows, dropped = [], Counter()
     for pair in pairs:
-        limit = max_length if pair.may_be_cut else None
-        chosen, rejected = (
-            encode_answer(tokenizer, pair.prompt, answer, max_length=limit, keep="start")
-            for answer in (pair.chosen, pair.rejected)
-        )
+        both = [encode_answer(tokenizer, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
+        if pair.may_be_cut:
+            both = [cut(tokenizer, ids, max_length, keep="start") for ids in both]
+        chosen, rejected = both
         if chosen == rejected:
             dropped["identical"] += 1
         elif max(len(chosen), len(rejected)) > max_length:

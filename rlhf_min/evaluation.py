@@ -13,7 +13,7 @@ from . import toy
 from .data import load_prompts, split_prompts
 from .lora import LoRAOptions, add_lora, lora_disabled
 from .reinforce import prefix_kl
-from .reward_model import judge_answers, load_judges
+from .reward_model import judge_answers, load_judges_of_task
 from .rollout import completion_logits, load_policy, sample, uniform_numbers
 from .support.errors import UserError
 from .support.models import get_weights, set_weights
@@ -40,7 +40,9 @@ class TaskOptions(SamplingOptions, LoRAOptions):
     """What names a Task: the policy, its judges, its prompts, and how it is trained."""
 
     policy: str = option(toy.POLICY, "π_sft: a run folder, a transformers folder, an adapter or a hub name")
-    reward_model: str = option(toy.REWARD_MODEL, "r: a reward model of either head, or package.module.function")
+    reward_model: list = option([toy.REWARD_MODEL], "r: a reward model of either head, folder:LABEL of a classifier, "
+                                "package.module.function, or several, which are added up")  # fmt: skip
+    reward_weights: list = option([], "a weight for each of several --reward-model")
     judges: list = option([], "name=spec of other judges: watched, not trained on (the embedded world has its own)")
     eval_prompts: str = option("", "prompts of the evaluation (default: some of --prompts are held out)")
     num_eval_prompts: int = option(256, "how many prompts to evaluate on", low=2)
@@ -59,14 +61,15 @@ class Task(NamedTuple):
     @property
     def cheap_judges(self):
         """The reward, and the judges that are functions: so cheap that every step of a training can have them."""
-        return {name: judge for name, judge in self.judges.items() if name == "reward" or judge.is_function}
+        rewards = ("reward", *getattr(self.judges["reward"], "parts", ()))
+        return {name: judge for name, judge in self.judges.items() if name in rewards or judge.is_function}
 
 
 def load_task(options, device):
     """The Task that the options of a script name; with --lora-r, the policy has its adapters."""
     policy, tokenizer = load_policy(options.policy, device, options.max_length)
     judges = options.judges or (toy.JUDGES if options.prompts == toy.PROMPTS else [])
-    judges = load_judges([f"reward={options.reward_model}", *judges], device)
+    judges = load_judges_of_task(options.reward_model, options.reward_weights, judges, device)
     prompts, eval_prompts = prompts_of(options, tokenizer)
     torch.manual_seed(options.seed)
     if options.lora_r:

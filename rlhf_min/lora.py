@@ -23,9 +23,11 @@ from .support.files import read_json, whole, write_json
 from .support.models import HEADS, base_of, find_model, get_weights, is_adapter, is_head, load_plain_model
 from .support.options import TrainingOptions, option
 
-TARGETS = ("q_proj", "v_proj", "c_attn", "q_lin", "v_lin", "query", "value")  # Llama, GPT-2, DistilBERT, BERT
+# queries and values of Llama, GPT-2, DistilBERT, BERT; Pythia, BLOOM, Falcon; Phi-3; MPT, ModernBERT; DeBERTa; T5
+TARGETS = """q_proj v_proj c_attn q_lin v_lin query value query_key_value qkv_proj Wqkv query_proj value_proj
+q v""".split()
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
-UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")
+UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")
 
 
 @dataclass
@@ -34,7 +36,8 @@ class LoRAOptions(TrainingOptions):
 
     lora_r: int = option(0, "rank r of LoRA's adapters; 0 trains all weights", low=0)
     lora_alpha: float = option(32.0, "α: the update is scaled by α/r", low=1e-6)
-    lora_target_modules: list = option([], "last names of the modules with an adapter (default: queries and values)")
+    lora_target_modules: list = option([], "last names of the modules with an adapter, or all-linear (default: "
+                                      "queries and values)")  # fmt: skip
 
     def check(self):
         super().check()
@@ -94,6 +97,7 @@ def add_lora(model, r, alpha, dropout=0.0, target_modules=None):
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     adaptable = {name: name.rpartition(".")[2] for name in linear if f"{name}.weight" in named and not is_head(name)}
     found = {*adaptable.values()}
+    target_modules = found if target_modules == ["all-linear"] else target_modules
     missing = {*(target_modules or ())} - found
     if missing or not found & {*(target_modules or TARGETS)}:
         name = min(missing) if missing else f"any of {', '.join(TARGETS)}"
@@ -219,7 +223,8 @@ def load_adapter(model, folder):
     for name in names:
         try:
             a, b = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")  # (r, in), (out, r)
-            layer = LoRALayer(model.get_submodule(name), len(a), config["lora_alpha"], config.get("lora_dropout", 0.0))
+            alpha = config["lora_alpha"] * (math.sqrt(len(a)) if config.get("use_rslora") else 1)  # rsLoRA: α/√r
+            layer = LoRALayer(model.get_submodule(name), len(a), alpha, config.get("lora_dropout", 0.0))
             layer.load_state_dict({"lora_A": a, "lora_B": b}, strict=False)
         except Exception as error:  # no such module, no linear one, no such tensor, another shape
             raise UserError(f"{folder}: {name} does not fit the model: {' '.join(str(error).split())[:200]}") from None

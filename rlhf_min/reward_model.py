@@ -5,6 +5,8 @@ or a *reward function* `package.module.function` with TRL's signature f(prompts,
 sigma is the standard deviation of the rating, and 0 for a head with one reward and for a function.
 """
 
+import asyncio
+import inspect
 import os
 import pydoc
 import re
@@ -14,7 +16,7 @@ import traceback
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from .data import encode_answer
+from .data import cut, encode_answer
 from .lora import head_labels, load_model
 from .losses import rating_mean_std
 from .rollout import decode_completions
@@ -59,20 +61,26 @@ def reward_and_sigma(logits):
 
 
 class RewardModel:
-    """A sequence classifier as a judge."""
+    """A sequence classifier as a judge: of all its labels, or of one, whose logit is then the reward."""
 
     is_function = False
 
-    def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.max_length = context_length(model)
-        self.has_sigma = model.config.num_labels > 1
+    def __init__(self, model, tokenizer, label=""):
+        self.model, self.tokenizer, self.said = model.eval(), tokenizer, False
+        self.max_length = min(context_length(model), tokenizer.model_max_length)
+        self.label = [model.config.label2id[label]] if label else slice(None)
+        self.has_sigma = model.config.num_labels > 1 and not label
 
-    def __call__(self, prompts, completions, ended):
+    def __call__(self, prompts, completions, ended, **columns):
         """B prompts (text or messages), B answers as text, ended (B,) → reward (B,), sigma (B,), float32."""
-        answers = zip(prompts, completions, ended.tolist())
-        rows = [encode_answer(self.tokenizer, *answer, max_length=self.max_length) for answer in answers]
-        return reward_and_sigma(self.logits([row or [self.tokenizer.pad_token_id] for row in rows]))
+        rows = [encode_answer(self.tokenizer, *answer) for answer in zip(prompts, completions, ended.tolist())]
+        longer = sum(len(row) > self.max_length for row in rows)
+        if longer and not self.said:
+            name, self.said = self.model.config._name_or_path, True
+            what = f"{longer} of {len(rows)} texts lose their beginning, and so may others"
+            print(f"{name} reads {self.max_length} tokens: {what}", file=sys.stderr)
+        rows = [cut(self.tokenizer, row, self.max_length, keep="end") for row in rows]
+        return reward_and_sigma(self.logits([row or [self.tokenizer.pad_token_id] for row in rows])[:, self.label])
 
     @torch.no_grad()
     def logits(self, rows):
@@ -81,18 +89,29 @@ class RewardModel:
 
 
 class RewardFunction:
-    """A function f(prompts, completions, **columns) -> list[float] as a judge."""
+    """A function f(prompts, completions, **columns) -> list[float | None] as a judge, sync or async; None counts 0.
+
+    As in TRL: `columns` are the fields of the prompts' rows, a list each, and completion_ids. The completion of a
+    prompt of messages is a list of one message.
+    """
 
     is_function, has_sigma = True, False
 
     def __init__(self, function, name, device):
         self.function, self.name, self.device = function, name, device
 
-    def __call__(self, prompts, completions, ended):
+    def __call__(self, prompts, completions, ended, **columns):
         """As RewardModel. UserError where the function does not return one finite number per answer."""
+        texts = [answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
+                 for prompt, answer in zip(prompts, completions)]  # fmt: skip
+        columns |= {"prompts": prompts, "completions": texts}
         try:
-            values = self.function(prompts=prompts, completions=completions)
-            reward = torch.tensor([float(value) for value in values], device=self.device)  # (B,)
+            takes = inspect.signature(self.function).parameters
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+                columns = {name: values for name, values in columns.items() if name in takes}
+            values = self.function(**columns)
+            values = asyncio.run(values) if inspect.iscoroutine(values) else values
+            reward = torch.tensor([0.0 if value is None else float(value) for value in values], device=self.device)
         except (Exception, SystemExit) as error:  # somebody else's program: what it raises, and where
             at = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{type(error).__name__}: {first_line(error)} ({at.filename}, line {at.lineno})"
@@ -103,32 +122,56 @@ class RewardFunction:
         return reward, torch.zeros_like(reward)  # (B,), (B,)
 
 
+class WeightedSum:
+    """Σ_i w_i r_i of judges that stand before it: `parts` is {name: w_i}."""
+
+    is_function, has_sigma = False, False
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __call__(self, rewards):
+        """{name: (B,)} → reward (B,), sigma (B,)."""
+        reward = sum(weight * rewards[name] for name, weight in self.parts.items())  # (B,)
+        return reward, torch.zeros_like(reward)
+
+
 def judge_answers(judges, tokenizer, prompts, rollout):
     """({name: what that judge gives to B answers, (B,)}, the answers as text).
 
     With a judge named `reward` there is also its `sigma`, (B,).
     """
     texts, completions = [prompt.text for prompt in prompts], decode_completions(tokenizer, rollout)
-    scores = {name: judge(texts, completions, rollout.ended) for name, judge in judges.items()}
-    rewards = {name: reward for name, (reward, _) in scores.items()}
-    return rewards | ({"sigma": scores["reward"][1]} if "reward" in scores else {}), completions
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns or {})
+    columns = {name: [(prompt.columns or {}).get(name) for prompt in prompts] for name in names}
+    columns["completion_ids"] = [ids[mask].tolist() for ids, mask in zip(rollout.completions, rollout.mask)]
+    rewards = {}
+    for name, judge in judges.items():
+        summed = isinstance(judge, WeightedSum)
+        rewards[name], sigma = judge(rewards) if summed else judge(texts, completions, rollout.ended, **columns)
+        rewards |= {"sigma": sigma} if name == "reward" else {}
+    return rewards, completions
 
 
-def load_classifier(name, device, new_head=0):
+def load_classifier(name, device, new_head=0, label=""):
     """(model, tokenizer) of a sequence classifier in float32, whose label is one reward, or whose labels are ratings.
 
-    With `new_head` = 1 or K any model will do, and gets such a head. Otherwise UserError for what is no reward model.
+    With `new_head` = 1 or K any model will do, and gets such a head. With `label` any classifier will do that has it.
+    Otherwise UserError for what is no reward model.
     """
     tokenizer = load_tokenizer(name)
     config = head_labels(new_head) if new_head else {}
     model = load_model(AutoModelForSequenceClassification, name, tokenizer, **config)
-    check_loaded(name, model, tokenizer)
+    check_loaded(name, model, tokenizer, lambda rows: row_logits(model, rows, tokenizer.pad_token_id))
     labels = [str(model.config.id2label.get(i)) for i in range(model.config.num_labels)]
     if not new_head and not is_classifier(model):
         raise UserError(f"{name} is {model.config.architectures}, no sequence classifier; train_rm.py makes one of it")
-    if len(labels) > 1 and labels != [str(k + 1) for k in range(len(labels))]:
+    if label and label not in labels:
+        raise UserError(f"{name}:{label}: no such label; it has {', '.join(labels[:9])}")
+    if not label and len(labels) > 1 and labels != [str(k + 1) for k in range(len(labels))]:
         right = "a reward model has one label, or the ratings 1, 2, 3, ... in this order"
-        raise UserError(f"{name}: a classifier with the labels {', '.join(labels[:3])}, ...; {right}")
+        remedy = f"--reward-model {name}:{labels[-1]} takes the logit of one of them"
+        raise UserError(f"{name}: a classifier with the labels {', '.join(labels[:3])}, ...; {right}; {remedy}")
     return model.to(device), tokenizer
 
 
@@ -150,7 +193,8 @@ def load_judge(spec, device):
     """A judge by name: a run folder, a transformers folder, an adapter, a hub name, or package.module.function."""
     if not os.path.exists(spec) and "/" not in spec and "." in spec:
         return RewardFunction(import_function(spec), spec, device)
-    return RewardModel(*load_classifier(spec, device))
+    name, _, label = spec.partition(":") if not os.path.exists(spec) else (spec, "", "")
+    return RewardModel(*load_classifier(name, device, label=label), label)
 
 
 def named_judges(specs):
@@ -164,6 +208,22 @@ def named_judges(specs):
             raise UserError(f"--judges {spec}: write other-name={rest or 'folder'}; {name!r} is taken or no name")
         judges[name] = rest
     return judges
+
+
+def load_judges_of_task(rewards, weights, judges, device):
+    """{name: judge} of `judges`, and before them the one spec of `rewards` as `reward`, or several and their sum."""
+    if len(rewards) == 1 and not weights:
+        return load_judges([f"reward={rewards[0]}", *judges], device)
+    try:
+        numbers = [float(weight) for weight in weights or [1.0] * len(rewards)]
+        parts = dict(zip(named_judges([*rewards, *judges]), numbers))
+        if len(numbers) != len(rewards) or "reward" in parts:
+            raise ValueError
+    except ValueError:
+        need = f"--reward-weights: {len(rewards)} numbers are needed, one for each --reward-model"
+        raise UserError(f"{need}; and their names, the last parts of their folders, are not reward") from None
+    loaded = load_judges([*rewards, *judges], device)
+    return {name: loaded[name] for name in parts} | {"reward": WeightedSum(parts)} | loaded
 
 
 def load_judges(specs, device):

@@ -33,7 +33,7 @@ def load_policy(name, device, max_length):
     model = load_model(AutoModelForCausalLM, name, tokenizer)
     if is_classifier(model):
         raise UserError(f"{name} is a classifier, not a language model; name a policy")
-    check_loaded(name, model, tokenizer)
+    check_loaded(name, model, tokenizer, lambda rows: next_logits(model, rows, tokenizer.pad_token_id))
     if max_length > context_length(model):
         raise UserError(f"{name} reads at most {context_length(model)} tokens; lower --max-length {max_length}")
     config = model.generation_config
@@ -75,6 +75,13 @@ def completion_mask(tokens, eos_token_id):
 def positions(attention_mask):
     """(B, L) → (B, L): 0, 1, 2, ... from the first real token. Without them GPT-2 is nats off under left padding."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def next_logits(model, prompts, pad_token_id):
+    """Logits of the token after each of B prompts, lists of token ids, as `decode` pads them: (B, V)."""
+    tokens, attention_mask = pad(prompts, pad_token_id, model.device, side="left")  # (B, P), (B, P)
+    inputs = {"attention_mask": attention_mask, "position_ids": positions(attention_mask), "logits_to_keep": 1}
+    return model(tokens, **inputs).logits[:, -1]
 
 
 def uniform_numbers(count, length, generator):

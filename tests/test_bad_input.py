@@ -49,7 +49,7 @@ def bad(prompts, completions, **columns): return len(completions[99])
 
 
 def command(script, flags=""):
-    """A script's own flags, which are right, and others; of two equal flags the last counts, but lists add up."""
+    """A script's own flags, which are right, and others; of two equal flags the last counts."""
     return f"{FLAGS[script]} --device cpu --out out {flags}".split()
 
 

@@ -360,7 +360,6 @@ def test_an_adapter_trained_on_an_adapter_is_loaded_on_both(tmp_path, adapter):
     ({"peft_type": "LOHA"}, {}, "LOHA.* is not supported"),
     ({"bias": "all"}, {}, "bias.*all.* is not supported"),
     ({"use_dora": True}, {}, "use_dora.* is not supported"),
-    ({"use_rslora": True}, {}, "use_rslora.* is not supported"),
     ({"rank_pattern": {"c_attn": 4}}, {}, "rank_pattern.* is not supported"),
     ({"init_lora_weights": "pissa"}, {}, "init_lora_weights.* is not supported"),  # trains on another W
     ({"base_model_name_or_path": None}, {}, "names no base_model_name_or_path"),

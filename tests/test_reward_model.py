@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, pipeline
 
 import train_rm
-from rlhf_min.data import Pair, Prompt, encode_answer, encode_pairs, encode_prompt, load_pairs, write_jsonl
+from rlhf_min.data import Pair, Prompt, cut, encode_answer, encode_pairs, encode_prompt, load_pairs, write_jsonl
 from rlhf_min.pretrain import train_tokenizer
 from rlhf_min.reward_model import RewardModel, classify, judge_answers, load_judge, named_judges
 from rlhf_min.rollout import sample, uniform_numbers
@@ -100,10 +100,13 @@ def test_the_template_alone_writes_special_tokens(bert_tokenizer, monkeypatch):
 def test_a_long_prompt_leaves_the_answer(tiny_tokenizer, bert_tokenizer, ended):
     """What is too long loses its beginning: the answer, its end, and BERT's [CLS] and [SEP] are still there."""
     answer = " was great fun."
-    ids = encode_answer(tiny_tokenizer, "The film was dull. " * 30 + "The film", answer, ended, max_length=20)
+    ids = encode_answer(tiny_tokenizer, "The film was dull. " * 30 + "The film", answer, ended)
+    ids = cut(tiny_tokenizer, ids, 20, "end")
     assert len(ids) == 20
     assert tiny_tokenizer.decode(ids).endswith(answer + (EOS if ended else ""))
-    ids = encode_answer(bert_tokenizer, "The film was dull . " * 30, "great fun a b", ended, max_length=10)
+    ids = cut(
+        bert_tokenizer, encode_answer(bert_tokenizer, "The film was dull . " * 30, "great fun a b", ended), 10, "end"
+    )
     assert bert_tokenizer.decode(ids) == "[CLS] film was dull . great fun a b [SEP]"
 
 

@@ -314,9 +314,10 @@ def test_the_loop_of_train_rm_is_the_formula(tmp_path, arm):
     """Weights and metrics are those of a second implementation: accumulation, schedule, clipping, what --keep says."""
     rows = [json.loads(line) for line in Path(toy.TRAIN_PAIRS).read_text().splitlines()]
     rows = [row | {"margin": i % 3 / 2} for i, row in enumerate(rows[:34])]
-    wrong = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    right = [row | {"chosen": row["chosen"] + " "} for row in rows]  # no copies, but almost
+    wrong = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in right]
     write_jsonl("loop.jsonl", rows)
-    write_jsonl("loop_eval.jsonl", rows if "--margin" in arm else wrong)  # validation gets better, or worse
+    write_jsonl("loop_eval.jsonl", right if "--margin" in arm else wrong)  # validation gets better, or worse
     flags = (
         f"{arm} --batch-size 8 --epochs 2 --lr 5e-3 --warmup-steps 2 --eval-every 3 --accept-weak --out {tmp_path}/run"
     )
@@ -557,9 +558,9 @@ def test_a_reward_model_with_adapters_is_saved_whole(lora_reward_model):
 
 def test_a_reward_model_that_learnt_nothing_is_not_saved(tmp_path, capsys):
     """An accuracy that is not above chance by 3 standard errors ends in one line, and there is no model/."""
-    rows = [{"prompt": "", "chosen": f"film {i % 7}", "rejected": f"film {i * i % 5}!"} for i in range(60)]
-    rows += [{"prompt": "", "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
-    write_jsonl("weak.jsonl", rows)
+    sign = torch.randint(2, (120,), generator=torch.Generator().manual_seed(1)).tolist()
+    answers = [(f"film {i}", f"film {i}!") for i in range(120)]
+    write_jsonl("weak.jsonl", [{"chosen": pair[s], "rejected": pair[1 - s]} for pair, s in zip(answers, sign)])
     flags = ["--data", "weak.jsonl", "--epochs", "1", "--eval-fraction", "0.5", "--out", str(tmp_path / "weak")]
     with pytest.raises(SystemExit, match="2"):
         train_rm.main(flags)

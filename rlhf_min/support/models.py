@@ -65,7 +65,9 @@ def from_pretrained(auto_class, name, **kwargs):
         return auto_class.from_pretrained(source, local_files_only=True, trust_remote_code=False, **kwargs)
     except Exception as error:  # unreadable files raise a dozen kinds of exception, from OSError to RuntimeError
         if Path(source).exists():
-            raise UserError(f"{name} cannot be loaded: {first_line(error)}") from None
+            library = any(word in str(error) for word in ("sentencepiece", "SentencePiece", "tiktoken", "protobuf"))
+            why = "pip install sentencepiece protobuf" if library else first_line(error)
+            raise UserError(f"{name} cannot be loaded: {why}") from None
     try:
         huggingface_hub.HfApi().model_info(source, timeout=5)  # from_pretrained would retry for half a minute
         return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
@@ -95,6 +97,8 @@ def load_plain_model(auto_class, name, **config):
     """
     model, info = from_pretrained(auto_class, name, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
                                   ignore_mismatched_sizes=True, **config)  # fmt: skip
+    if any("v_head" in key for key in info["unexpected_keys"]):
+        raise UserError(f"{name}: it has a value head v_head, as TRL's PPO saved it, which is not read")
     absent = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
     if config or not is_classifier(model):  # the head may be new
         absent = {key for key in absent if not is_head(key)}
@@ -111,19 +115,36 @@ def is_classifier(model):
     return "SequenceClassification" in str(model.config.architectures)
 
 
-def check_loaded(name, model, tokenizer):
-    """UserError where a weight is not finite, or the tokenizer has more tokens than the model embeds."""
+def check_loaded(name, model, tokenizer, logits):
+    """UserError where a weight is not finite, the tokenizer has more tokens than the model embeds, or padding is read.
+
+    logits: what gives B lists of token ids their logits (B, n), in one padded batch.
+    """
     for key, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{name}: {key} is not finite; save the model again")
     embedded = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embedded:
         raise UserError(f"{name}: its tokenizer has {len(tokenizer)} tokens, its model embeds {embedded}: no match")
+    short = (tokenizer("The film was")["input_ids"] or [0])[:4]
+    try:
+        with torch.no_grad():
+            alone, padded = logits([short]), logits([short * 2, short])[1:]  # (1, n) × 2
+        why = (
+            ""
+            if (alone - padded).nan_to_num().abs().max() <= 1e-3 * padded.nan_to_num().abs().max()
+            else "it reads padding"
+        )
+    except Exception as error:  # of this family's own code
+        why = first_line(error)
+    if why:
+        raise UserError(f"{name}: models of type {model.config.model_type} cannot be used, in batches: {why}")
 
 
 def context_length(model):
     """The longest sequence that the model has positions for."""
-    return getattr(model.config, "max_position_embeddings", None) or 10**9
+    length = getattr(model.config, "max_position_embeddings", None) or -1
+    return length if length > 0 else 10**9
 
 
 def cache_argument(model):

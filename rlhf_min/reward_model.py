@@ -65,10 +65,10 @@ class RewardModel:
 
     is_function = False
 
-    def __init__(self, model, tokenizer, label=""):
+    def __init__(self, model, tokenizer, max_length=None, label=""):
         self.model, self.tokenizer, self.said = model.eval(), tokenizer, False
-        self.max_length = min(context_length(model), tokenizer.model_max_length)
-        self.label = [model.config.label2id[label]] if label else slice(None)
+        self.max_length = max_length or min(context_length(model), tokenizer.model_max_length)
+        self.label = [labels_of(model).index(label)] if label else slice(None)
         self.has_sigma = model.config.num_labels > 1 and not label
 
     def __call__(self, prompts, completions, ended, **columns):
@@ -153,6 +153,11 @@ def judge_answers(judges, tokenizer, prompts, rollout):
     return rewards, completions
 
 
+def labels_of(model):
+    """The names of a classifier's logits, in their order."""
+    return [str(model.config.id2label.get(i)) for i in range(model.config.num_labels)]
+
+
 def load_classifier(name, device, new_head=0, label=""):
     """(model, tokenizer) of a sequence classifier in float32, whose label is one reward, or whose labels are ratings.
 
@@ -163,7 +168,7 @@ def load_classifier(name, device, new_head=0, label=""):
     config = head_labels(new_head) if new_head else {}
     model = load_model(AutoModelForSequenceClassification, name, tokenizer, **config)
     check_loaded(name, model, tokenizer, lambda rows: row_logits(model, rows, tokenizer.pad_token_id))
-    labels = [str(model.config.id2label.get(i)) for i in range(model.config.num_labels)]
+    labels = labels_of(model)
     if not new_head and not is_classifier(model):
         raise UserError(f"{name} is {model.config.architectures}, no sequence classifier; train_rm.py makes one of it")
     if label and label not in labels:
@@ -194,7 +199,7 @@ def load_judge(spec, device):
     if not os.path.exists(spec) and "/" not in spec and "." in spec:
         return RewardFunction(import_function(spec), spec, device)
     name, _, label = spec.partition(":") if not os.path.exists(spec) else (spec, "", "")
-    return RewardModel(*load_classifier(name, device, label=label), label)
+    return RewardModel(*load_classifier(name, device, label=label), label=label)
 
 
 def named_judges(specs):

@@ -299,14 +299,16 @@ def peft_adapter(peft, folder, auto_class, labels, **config):
     return model
 
 
-def test_an_adapter_of_peft_is_a_policy(tmp_path, in_world, peft):
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_of_peft_is_a_policy(tmp_path, in_world, peft, rslora):
     """Each script that takes a policy takes W + ΔW of PEFT's adapter: logits, and KL to the base, are PEFT's."""
     adapter, config = str(tmp_path / "adapter"), {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    config["use_rslora"] = rslora
     model = peft_adapter(peft, adapter, AutoModelForCausalLM, {}, **config)
     for script in (train_reinforce, train_warp):
-        folder, _ = run(script, f"--policy {adapter}{UNCHANGED}", out=f"{script.__name__}-on-peft")
+        folder, _ = run(script, f"--policy {adapter}{UNCHANGED}", out=f"{script.__name__}-on-peft-{rslora}")
         close(logits(AutoModelForCausalLM.from_pretrained(f"{folder}/model")), logits(model))
-    merged, out = str(tmp_path / "merged"), "runs/interchange/compared"
+    merged, out = str(tmp_path / "merged"), f"runs/interchange/compared-{rslora}"
     model.merge_and_unload().save_pretrained(merged)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(merged)
     evaluate.main(["--policies", BASE, adapter, merged, "--num-prompts", "8", "--max-length", "16", "--out", out])

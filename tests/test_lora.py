@@ -1,5 +1,6 @@
 """LoRA against W + (α/r) B A worked out by hand, and against PEFT."""
 
+import copy
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_min import lora, warp
@@ -252,6 +254,24 @@ def test_an_unknown_target_is_named_beside_what_there_is(target):
     assert [name.rpartition(".")[2] for name in layers] == ["c_proj", "c_fc", "c_proj"] * 2
 
 
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+DEFAULTS = {family: ["query_key_value"] for family in ("GPTNeoX", "Bloom", "Falcon")}
+DEFAULTS |= {"Phi3": ["qkv_proj"], "Mpt": ["Wqkv"], "ModernBert": ["Wqkv"], "T5": ["q", "v"]}
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_default_targets_of_families(family):
+    """Queries and values get adapters without being named; all-linear names every linear module but a head."""
+    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 20} if family == "Mpt" else SIZES
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2} if family == "T5" else sizes
+    sizes |= {"pad_token_id": 0} if family in ("Phi3", "ModernBert") else {}
+    model = AutoModel.from_config(getattr(transformers, f"{family}Config")(**sizes))
+    every = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    last = lambda model: sorted({name.rpartition(".")[2] for name in lora_layers(model)})
+    assert last(add_lora(copy.deepcopy(model), 2, 4)) == DEFAULTS[family]
+    assert {*last(add_lora(model, 2, 4, target_modules=["all-linear"]))} == every > {*DEFAULTS[family]}
+
+
 # On disk
 
 
@@ -312,6 +332,17 @@ def test_a_policy_is_loaded_by_the_name_of_its_adapter(tmp_path, tiny_tokenizer,
     adapter.rename(tmp_path / "model")  # a run folder stands for its model/
     again, tokenizer = load_policy(str(tmp_path), CPU, 32)
     assert torch.equal(logits(again), logits(model)) and tokenizer.get_vocab() == tiny_tokenizer.get_vocab()
+
+
+def test_rslora_has_the_scale_alpha_over_root_r(tmp_path, adapter):
+    """With use_rslora, ΔW = α/√r B A: √r times that of plain LoRA."""
+    plain, _ = load_policy(str(adapter), CPU, 32)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"use_rslora": True}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    scaled, _ = load_policy(str(adapter), CPU, 32)
+    base, _ = load_policy(str(tmp_path / "base"), CPU, 32)
+    w, w_rs, w_0 = (model.transformer.h[0].attn.c_attn.weight for model in (plain, scaled, base))
+    close(w_rs - w_0, math.sqrt(R) * (w - w_0), atol=1e-6)
 
 
 BASES = {"GPT2Model": 1, "DistilBertModel": 10, "Roberta": 10, "DebertaV2": 1, "Bert": 10}

@@ -15,8 +15,16 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 import train_rm
 from rlhf_min.data import Pair, Prompt, cut, encode_answer, encode_pairs, encode_prompt, load_pairs, write_jsonl
 from rlhf_min.pretrain import train_tokenizer
-from rlhf_min.reward_model import RewardModel, classify, judge_answers, load_judge, named_judges
-from rlhf_min.rollout import sample, uniform_numbers
+from rlhf_min.reward_model import (
+    RewardFunction,
+    RewardModel,
+    classify,
+    judge_answers,
+    load_judge,
+    load_judges_of_task,
+    named_judges,
+)
+from rlhf_min.rollout import Rollout, load_policy, sample, uniform_numbers
 from rlhf_min.support.batches import pad
 from rlhf_min.support.errors import UserError
 from rlhf_min.support.models import save_model
@@ -350,3 +358,106 @@ def test_what_a_reward_function_may_not_do(tmp_path, monkeypatch, body, fragment
         judge(["a", "b"], ["c", "d"], YES[:2])
     assert f"{name}.f" in str(error.value)
     assert "1 / 0" not in body or f"{name}.py, line 3)" in str(error.value)
+
+
+# What people bring
+
+
+def rollout_of(tokenizer, prompts, answers):
+    """(prompts, Rollout) of texts, each answer without its EOS."""
+    pairs = zip(prompts, answers)
+    rows = [(encode_prompt(tokenizer, text), tokenizer(answer)["input_ids"]) for text, answer in pairs]
+    tokens, _ = pad([row[0] for row in rows], 1, CPU, side="left")
+    completions, mask = pad([row[1] for row in rows], 1, CPU)
+    both, real = torch.cat([tokens, completions], dim=1), torch.cat([tokens != 1, mask], dim=1)
+    return Rollout(both, real, mask, torch.zeros(len(rows), dtype=torch.bool))
+
+
+def test_a_function_gets_what_trl_gives(tiny_tokenizer, monkeypatch):
+    """Columns, token ids, messages where prompts are messages; None counts 0; async runs; it takes what it names."""
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", TEMPLATE)
+    rollout, seen = rollout_of(tiny_tokenizer, [QUESTION, "The film"], [" fun", " was dull"]), {}
+
+    async def whole(prompts, completions, solution, **columns):
+        seen.update(columns, solution=solution, completions=completions)
+        return [None, 2.0]
+
+    judges = {"a": RewardFunction(whole, "whole", CPU)}
+    judges["b"] = RewardFunction(lambda completion_ids: [len(ids) for ids in completion_ids], "ids", CPU)
+    prompts = [Prompt([0], QUESTION, {"solution": "x"}), Prompt([0], "The film", {"level": 3})]
+    rewards, _ = judge_answers(judges, tiny_tokenizer, prompts, rollout)
+    ids = [tiny_tokenizer(text)["input_ids"] for text in (" fun", " was dull")]
+    assert seen == {"solution": ["x", None], "level": [None, 3], "completion_ids": ids,
+                    "completions": [[{"role": "assistant", "content": " fun"}], " was dull"]}  # fmt: skip
+    assert rewards["a"].tolist() == [0.0, 2.0] and rewards["b"].tolist() == [len(row) for row in ids]
+
+
+def test_several_rewards_are_added_up(tiny_tokenizer, tmp_path, monkeypatch):
+    """R = 2 · size − ½ · words, each part is a column of its own, too; as many weights as parts are needed."""
+    body = "def size(completions): return [len(c) for c in completions]\n"
+    (tmp_path / "parts.py").write_text(body + "def words(completions): return [len(c.split()) for c in completions]\n")
+    monkeypatch.chdir(tmp_path)
+    specs = ["parts.size", "parts.words"]
+    judges = load_judges_of_task(specs, ["2", "-0.5"], ["other=parts.words"], CPU)
+    assert [*judges] == ["size", "words", "reward", "other"] and not judges["reward"].has_sigma
+    prompts = [Prompt([0], "The film"), Prompt([0], "I")]
+    rollout = rollout_of(tiny_tokenizer, ["The film", "I"], [" was dull", " slept"])
+    rewards, _ = judge_answers(judges, tiny_tokenizer, prompts, rollout)
+    assert rewards["reward"].tolist() == [2 * 9 - 0.5 * 2, 2 * 6 - 0.5 * 1] and rewards["words"].tolist() == [2, 1]
+    assert rewards["sigma"].tolist() == [0, 0]
+    for weights in (["1"], ["1", "x"]):
+        with pytest.raises(UserError, match="--reward-weights: 2 numbers are needed"):
+            load_judges_of_task(specs, weights, [], CPU)
+
+
+def test_a_label_of_a_classifier_is_a_reward(tmp_path, tiny_tokenizer):
+    """folder:LABEL is the logit of that label, without a σ; another label is refused with those that there are."""
+    model = classifier("GPT2", 300, ["bad", "good"], pad_token_id=1)
+    save_model(model, tiny_tokenizer, tmp_path / "m")
+    judge = load_judge(f"{tmp_path}/m:good", CPU)
+    reward, sigma = judge(PROMPTS, ANSWERS, YES)
+    rows = [encode_answer(tiny_tokenizer, *pair) for pair in zip(PROMPTS, ANSWERS)]
+    logits = [model(torch.tensor([row])).logits[0, 1].item() for row in rows]
+    assert reward.tolist() == pytest.approx(logits, abs=1e-5) and sigma.tolist() == [0, 0, 0] and not judge.has_sigma
+    with pytest.raises(UserError, match="m:GOOD: no such label; it has bad, good"):
+        load_judge(f"{tmp_path}/m:GOOD", CPU)
+
+
+def test_a_judge_reads_what_it_was_trained_on(write_pairs, capsys):
+    """--max-length is saved with the model; a judge that cuts texts says so, once."""
+    write_pairs([0] * 60)
+    train_rm.main([*FLAGS, "--eval-data", "eval.jsonl", "--max-length", "24"])
+    judge = load_judge("rm", CPU)
+    assert judge.max_length == 24
+    scores = [judge([text] * 2, [" was great."] * 2, torch.ones(2))[0] for text in ("The film", "The film " * 30)]
+    error = capsys.readouterr().err
+    assert "reads 24 tokens: 2 of 2 texts lose their beginning" in error and error.count("lose") == 1
+    row = cut(judge.tokenizer, encode_answer(judge.tokenizer, "The film " * 30, " was great."), 24, "end")
+    assert len(row) == 24 and scores[1][0].item() == pytest.approx(judge.logits([row]).item(), abs=1e-5)
+
+
+UNUSABLE = {
+    "T5": {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 1},
+    "Bart": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+    "XLNet": {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16},
+}
+
+
+@pytest.mark.parametrize("family", UNUSABLE)
+def test_classifiers_that_pool_otherwise_are_refused_by_name(tmp_path, tiny_tokenizer, family):
+    config = getattr(transformers, f"{family}Config")(vocab_size=300, num_labels=1, pad_token_id=1, eos_token_id=0,
+                                                      **UNUSABLE[family])  # fmt: skip
+    save_model(AutoModelForSequenceClassification.from_config(config), tiny_tokenizer, tmp_path / "m")
+    with pytest.raises(UserError, match=f"models of type {family.lower()} cannot be used, in batches: "):
+        load_judge(str(tmp_path / "m"), CPU)
+
+
+def test_a_policy_that_reads_padding_is_refused(tmp_path, tiny_policy, tiny_tokenizer, monkeypatch):
+    """What stands before a prompt must not change its answer: RWKV has no mask, which this forward stands for."""
+    save_model(tiny_policy, tiny_tokenizer, tmp_path / "m")
+    load_policy(str(tmp_path / "m"), CPU, 32)
+    forward = type(tiny_policy).forward
+    blind = lambda self, input_ids, attention_mask=None, **kwargs: forward(self, input_ids, **kwargs)
+    monkeypatch.setattr(type(tiny_policy), "forward", blind)
+    with pytest.raises(UserError, match="models of type gpt2 cannot be used, in batches: it reads padding"):
+        load_policy(str(tmp_path / "m"), CPU, 32)

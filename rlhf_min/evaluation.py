@@ -16,7 +16,7 @@ from .reinforce import prefix_kl
 from .reward_model import judge_answers, load_judges_of_task
 from .rollout import completion_logits, load_policy, sample, uniform_numbers
 from .support.errors import UserError
-from .support.models import get_weights, set_weights
+from .support.models import checkpoint_gradients, get_weights, set_weights
 from .support.options import RunOptions, option
 from .support.precision import autocast
 from .warp import interpolate
@@ -46,6 +46,8 @@ class TaskOptions(SamplingOptions, LoRAOptions):
     judges: list = option([], "name=spec of other judges: watched, not trained on (the embedded world has its own)")
     eval_prompts: str = option("", "prompts of the evaluation (default: some of --prompts are held out)")
     num_eval_prompts: int = option(256, "how many prompts to evaluate on", low=2)
+    eval_every: int = option(0, "steps between evaluations while training, with three answers; 0 has none", low=0)
+    gradient_checkpointing: bool = option(False, "compute activations twice instead of keeping them: less memory")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 never clips", low=0)
 
 
@@ -74,6 +76,8 @@ def load_task(options, device):
     torch.manual_seed(options.seed)
     if options.lora_r:
         add_lora(policy, options.lora_r, options.lora_alpha, target_modules=options.lora_target_modules)
+    if options.gradient_checkpointing:
+        checkpoint_gradients(policy)
     return Task(policy, tokenizer, judges, prompts, eval_prompts)
 
 
@@ -114,6 +118,17 @@ def judge_policy(policy, tokenizer, prompts, judges, options, reference=None, re
         columns["length"] += rollout.mask.sum(-1).tolist()
         columns["ended"] += rollout.ended.int().tolist()
     return columns
+
+
+def eval_metrics(task, options, sft, step):
+    """At every --eval-every-th step, what its metrics line says of the held-out prompts; else {}."""
+    if not options.eval_every or step % options.eval_every:
+        return {}
+    inputs = task.policy, task.tokenizer, task.eval_prompts, task.judges, options, task.policy, sft
+    columns = judge_policy(*inputs)
+    means = {f"eval_{name}": mean_se(columns[name])[0] for name in [*task.judges, "kl"]}
+    samples = zip(columns["prompt"][:3], columns["completion"])
+    return means | {"samples": [{"prompt": prompt, "completion": answer} for prompt, answer in samples]}
 
 
 def judge_weights(task, options, sft, weights):

@@ -191,3 +191,18 @@ def test_set_weights_round_trip(tiny_policy):
         assert tiny_policy.lm_head.weight is tiny_policy.transformer.wte.weight
         tiny_policy.transformer.wte.weight.zero_()
     assert weights["transformer.wte.weight"].abs().max() > 0
+
+
+def test_gradient_checkpointing_in_eval_mode(tiny_policy):
+    """Each block computes twice where gradients are needed, once where they are not; the gradients are the same."""
+    tokens, calls = torch.tensor([[3, 4, 5, 6]]), []
+    gradients = lambda: torch.autograd.grad(tiny_policy(tokens).logits.square().mean(), [*tiny_policy.parameters()])
+    expected, mlp = gradients(), tiny_policy.transformer.h[0].mlp
+    mlp.register_forward_pre_hook(lambda *_: calls.append(mlp.training))
+    models.checkpoint_gradients(tiny_policy)
+    for a, b in zip(gradients(), expected, strict=True):
+        assert torch.equal(a, b)
+    assert calls == [False, False]  # and no dropout
+    with torch.no_grad():
+        cache = tiny_policy(tokens, use_cache=True).past_key_values
+    assert len(calls) == 3 and cache.get_seq_length() == 4

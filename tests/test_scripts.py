@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -576,6 +577,51 @@ def test_pretraining_learns_from_the_texts_of_the_world(monkeypatch, tmp_path):
     pretrain.main("--epochs 4 --batch-size 8 --width 32 --layers 1 --out run".split())
     loss = [row["loss"] for row in read_metrics("run")]
     assert loss[-1] < 0.7 * loss[0] and Path("run/model").is_dir()
+
+
+@pytest.mark.parametrize("script", [train_reinforce, train_warp])
+def test_evaluation_while_it_trains_changes_nothing(in_world, tmp_path, script):
+    """--eval-every writes the held-out scores and three answers into metrics.jsonl; the last ones are the table's."""
+    flags = "--steps 4 --batch-size 4 --num-eval-prompts 6 --max-length 16 --lr 1e-3 --lora-r 2 --out".split()
+    script.main([*flags, str(tmp_path / "plain")])
+    script.main([*flags, str(tmp_path / "watched"), "--eval-every", "2", "--gradient-checkpointing"])
+    name = "model/model.safetensors"
+    assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "watched" / name).read_bytes()
+    plain, rows = read_metrics(tmp_path / "plain"), read_metrics(tmp_path / "watched")
+    for line, row in zip(plain, rows, strict=True):
+        assert {**row, "step_seconds": 0}.items() >= {**line, "step_seconds": 0}.items()
+        assert ("eval_kl" in row) == (row["step"] % 2 == 0)
+    samples = rows[-1]["samples"]
+    assert len(samples) == 3 and {*samples[0]} == {"prompt", "completion"}
+    if script is train_reinforce:
+        after = read_summary(tmp_path / "watched")["after"]
+        assert {k: rows[-1][f"eval_{k}"] for k in ("reward", "gold", "kl")} == pytest.approx(
+            {k: after[k] for k in ("reward", "gold", "kl")}, abs=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_numbers_go_to_a_reporter(in_world, tmp_path, monkeypatch, name):
+    """Every number of a step, counted over the runs; a package that is missing is named before anything is written."""
+    logged = []
+    writer = SimpleNamespace(add_scalar=lambda key, value, step: logged.append((step, {key: value})))
+    wandb = SimpleNamespace(init=lambda **_: None, log=lambda metrics, step: logged.append((step, metrics)))
+    fakes = {"torch.utils.tensorboard": SimpleNamespace(SummaryWriter=lambda folder: writer), "wandb": wandb}
+    for module, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, module, fake)
+    flags = "--steps 2 --batch-size 4 --num-eval-prompts 6 --max-length 16 --eval-every 2".split()
+    flags += ["--out", str(tmp_path / "run"), "--report-to", name]
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    with pytest.raises(SystemExit, match="2"):
+        train_warp.main(flags)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: module)
+    train_warp.main(flags)
+    rows = read_metrics(tmp_path / "run")
+    for i, row in enumerate(rows, 1):
+        found = {key: value for step, part in logged if step == i for key, value in part.items()}
+        assert found.items() >= {"reward": row["reward"], "kl": row["kl"]}.items() and "samples" not in found
+    assert len(rows) == 8
 
 
 def test_every_model_of_the_world_that_is_named_is_made(monkeypatch, tmp_path):

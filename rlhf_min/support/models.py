@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 from transformers.activations import NewGELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .errors import UserError, first_line
@@ -152,6 +153,24 @@ def cache_argument(model):
     arguments = inspect.signature(model.forward).parameters
     name = "cache" if "cache" in arguments else "past_key_values"  # the latter before transformers 5.24
     return None if model._is_stateful or name not in arguments else name
+
+
+def checkpoint_gradients(model):
+    """Let the blocks of a model in eval mode compute their activations a second time, when gradients need them.
+
+    transformers does so for blocks in training mode, and has then no cache. So only the blocks are in training mode,
+    not what is in them, such as dropout, and only while gradients are recorded.
+    """
+    # the latter name is that before transformers 5.24
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def switch(*_):
+        for block in blocks:
+            block.training = torch.is_grad_enabled()
+
+    model.register_forward_pre_hook(switch)
 
 
 def save_model(model, tokenizer, folder):

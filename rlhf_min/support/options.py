@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import re
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ import yaml
 from .errors import UserError, first_line
 from .files import read_json
 
-FREE = ("out", "device", "resume", "save_every", "accept_weak")  # may change on resume: they do not change the result
+FREE = (
+    "out",
+    "device",
+    "resume",
+    "save_every",
+    "report_to",
+    "accept_weak",
+)  # may change on resume: they do not change the result
 
 
 def option(default, help, choices=None, low=None, high=None):
@@ -45,11 +53,14 @@ class TrainingOptions(RunOptions):
     """What every script has that trains."""
 
     resume: bool = option(False, "go on with the interrupted run in --out; begin it where there is none")
+    report_to: str = option("", "also log there; needs that package", choices=["", "tensorboard", "wandb"])
     save_every: int = option(50, "steps between two checkpoints, which --resume continues from; 0 saves none", low=0)
 
     def check(self):
         if self.resume and not self.out:
             raise UserError("--resume needs --out, the folder of the interrupted run")
+        if self.report_to and not importlib.util.find_spec(self.report_to):
+            raise UserError(f"--report-to {self.report_to} needs: pip install {self.report_to}")
 
 
 class _Parser(argparse.ArgumentParser):

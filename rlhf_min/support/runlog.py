@@ -27,6 +27,19 @@ from .files import read_json, whole, write_json
 SHOWN = {"loss", "accuracy", "reward", "kl"}
 
 
+def reporter(name, folder, options):
+    """A function of (metrics, step) that logs numbers with TensorBoard or Weights & Biases."""
+    if name == "wandb":
+        import wandb
+
+        wandb.init(project="rlhf_min", name=folder.name, dir=folder, config=dataclasses.asdict(options))
+        return lambda metrics, step: wandb.log(metrics, step=step)
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder)
+    return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
+
+
 class RandomState:
     """torch's global random generators, which dropout draws from."""
 
@@ -117,6 +130,7 @@ class RunLog:
         self._saved = None  # the state of the loop that was interrupted, until a loop begins
         self._bar = self._lines = None
         self._said = False
+        self._report, self._written = None, 0
 
     @contextlib.contextmanager
     def running(self):
@@ -162,6 +176,9 @@ class RunLog:
         if self.team.index == 0 and hasattr(self.options, "resume"):  # evaluate.py has no steps
             self._lines = open(self._metrics, "ab")  # noqa: SIM115
             self._lines.truncate(self._saved["metrics_bytes"] if self._saved else 0)  # what follows is done again
+            if getattr(self.options, "report_to", ""):
+                self._report = reporter(self.options.report_to, self.folder, self.options)
+                self._written = len(self.metrics())
         if self._saved:
             self._start -= self._saved["seconds"]
         if self._saved and self.team.index == 0:
@@ -217,6 +234,9 @@ class RunLog:
         if self._lines:
             self._lines.write(json.dumps(_finite(metrics)).encode() + b"\n")
             self._lines.flush()
+        if self._report:
+            self._written += 1
+            self._report({key: value for key, value in metrics.items() if not isinstance(value, list)}, self._written)
         self._bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN & metrics.keys()}, refresh=False)
 
     def metrics(self):

@@ -34,8 +34,8 @@ for line in (ROOT / "tests" / "mutants.txt").read_text(encoding="utf-8").splitli
     elif " → " in line and not line.startswith("#"):
         rows.append(tuple(line.replace("\\n", "\n").split(" → ")))
 SCRIPTS = {
-    "train_reinforce": "tests/test_scripts.py -k 'reinforce or skipped or repeats'",
-    "train_warp": "tests/test_scripts.py -k 'warp or skipped or repeats'",
+    "train_reinforce": "tests/test_scripts.py -k 'reinforce or skipped or repeats or while_it'",
+    "train_warp": "tests/test_scripts.py -k 'warp or skipped or repeats or while_it'",
     "train_rm": "tests/test_scripts.py -k 'train_rm or reward_model or held_out_pairs or of_the_world'",
     "evaluate": "tests/test_scripts.py -k 'evaluation_uses or evaluate_compares'",
 }

@@ -343,7 +343,7 @@ def test_the_loop_of_train_rm_is_the_formula(tmp_path, arm):
 
 
 def test_held_out_pairs_are_none_that_are_trained_on(tmp_path):
-    """Without --eval-data a tenth of the pairs, rounded up, is held out, and each of the rest is trained on."""
+    """A tenth of the pairs, rounded up, is held out, and each of the rest is trained on; --eval-data loses copies."""
     pairs = [{"prompt": "", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(95)]
     write_jsonl(tmp_path / "pairs.jsonl", [*pairs, {"prompt": "", "chosen": "same", "rejected": "same"}])
     options = parse_options(train_rm.RewardModelOptions, ["--data", str(tmp_path / "pairs.jsonl")])
@@ -352,6 +352,10 @@ def test_held_out_pairs_are_none_that_are_trained_on(tmp_path):
     texts = [tokenizer.decode(row[0], skip_special_tokens=True) for row in [*rows, *eval_rows]]
     assert (len(rows), len(eval_rows), dropped) == (85, 10, "1 identical")
     assert sorted(texts) == sorted(pair["chosen"] for pair in pairs) != texts
+    write_jsonl(tmp_path / "eval.jsonl", [*pairs[:40], *(pair | {"chosen": "new"} for pair in pairs[:50])])
+    options.eval_data = str(tmp_path / "eval.jsonl")
+    rows, eval_rows, dropped = train_rm.load_rows(options, tokenizer, 64)
+    assert (len(rows), len(eval_rows)) == (95, 50) and "40 of --eval-data that are copies or in --data" in dropped
 
 
 # What a run leaves in its folder

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 
 from rlhf_min import reinforce
-from rlhf_min.evaluation import TaskOptions, eval_metrics, format_table, load_task, print_samples, sweep_front
+from rlhf_min.evaluation import TaskOptions, format_table, load_task, print_samples, sweep_front
 from rlhf_min.lora import dense_weights, lora_disabled, merge_lora, save_adapter
 from rlhf_min.reward_model import judge_answers, named_judges
 from rlhf_min.rollout import sample, token_logprobs, uniform_numbers
@@ -102,7 +102,7 @@ def train_policy(task, sft, options, log):
 
         scores |= {"kl": kl, "advantage": advantage, "baseline": torch.zeros_like(kl) + b}
         metrics = reinforce.step_metrics(team, rollout, logprobs, scores)
-        metrics |= eval_metrics(task, options, sft, step)
+        metrics |= task.eval_metrics(options, sft, step)
         log.step(step=step, **metrics, **optimizer.metrics)
 
 

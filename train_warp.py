@@ -22,15 +22,7 @@ from typing import ClassVar
 import torch
 
 from rlhf_min import reinforce, warp
-from rlhf_min.evaluation import (
-    TaskOptions,
-    eval_metrics,
-    format_table,
-    judge_weights,
-    load_task,
-    print_samples,
-    sweep_front,
-)
+from rlhf_min.evaluation import TaskOptions, format_table, judge_weights, load_task, print_samples, sweep_front
 from rlhf_min.lora import dense_weights, lora_disabled, merge_lora, reset_lora, save_adapter, set_adapters
 from rlhf_min.reward_model import judge_answers, named_judges
 from rlhf_min.rollout import sample, token_logprobs, uniform_numbers
@@ -110,7 +102,7 @@ def train_policy(task, init, sft, options, log, iteration, run):
 
         scores |= {"kl": kl, "anchor_kl": anchor_kl, "advantage": advantage, "baseline": shaped - advantage}
         metrics = reinforce.step_metrics(team, rollout, logprobs, scores)
-        metrics |= eval_metrics(task, options, sft, step)
+        metrics |= task.eval_metrics(options, sft, step)
         log.step(iteration=iteration, run=run, step=step, **metrics, **optimizer.metrics)
     return dense_weights(policy)
 

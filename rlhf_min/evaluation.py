@@ -66,6 +66,16 @@ class Task(NamedTuple):
         rewards = ("reward", *getattr(self.judges["reward"], "parts", ()))
         return {name: judge for name, judge in self.judges.items() if name in rewards or judge.is_function}
 
+    def eval_metrics(self, options, sft, step):
+        """At every --eval-every-th step, what its metrics line says of the held-out prompts; else {}."""
+        if not options.eval_every or step % options.eval_every:
+            return {}
+        inputs = self.policy, self.tokenizer, self.eval_prompts, self.judges, options, self.policy, sft
+        columns = judge_policy(*inputs)
+        means = {f"eval_{name}": mean_se(columns[name])[0] for name in [*self.judges, "kl"]}
+        samples = zip(columns["prompt"][:3], columns["completion"])
+        return means | {"samples": [{"prompt": prompt, "completion": answer} for prompt, answer in samples]}
+
 
 def load_task(options, device):
     """The Task that the options of a script name; with --lora-r, the policy has its adapters."""
@@ -118,17 +128,6 @@ def judge_policy(policy, tokenizer, prompts, judges, options, reference=None, re
         columns["length"] += rollout.mask.sum(-1).tolist()
         columns["ended"] += rollout.ended.int().tolist()
     return columns
-
-
-def eval_metrics(task, options, sft, step):
-    """At every --eval-every-th step, what its metrics line says of the held-out prompts; else {}."""
-    if not options.eval_every or step % options.eval_every:
-        return {}
-    inputs = task.policy, task.tokenizer, task.eval_prompts, task.judges, options, task.policy, sft
-    columns = judge_policy(*inputs)
-    means = {f"eval_{name}": mean_se(columns[name])[0] for name in [*task.judges, "kl"]}
-    samples = zip(columns["prompt"][:3], columns["completion"])
-    return means | {"samples": [{"prompt": prompt, "completion": answer} for prompt, answer in samples]}
 
 
 def judge_weights(task, options, sft, weights):

@@ -57,7 +57,7 @@ class EvaluateOptions(evaluation.SamplingOptions):
 def run_options(name):
     """The options of the training run that a policy's folder belongs to, else None."""
     found = [path for path in (Path(name, "run.json"), Path(name).parent / "run.json") if path.is_file()]
-    options = SimpleNamespace(**read_json(found[0]).get("options", {})) if found else None
+    options = SimpleNamespace(**{"columns": [], **read_json(found[0]).get("options", {})}) if found else None
     return options if hasattr(options, "num_eval_prompts") else None
 
 

@@ -508,6 +508,7 @@ def test_evaluation_uses_no_prompt_of_any_training(reinforce_run):
         shutil.copytree(reinforce_run, name)
         record = json.loads((reinforce_run / "run.json").read_text())
         record["options"] |= changed | {"seed": 5}
+        del record["options"]["columns"]  # as in runs that are older than this option
         Path(name, "run.json").write_text(json.dumps(record))
     for names in (["runs/half"], [toy.POLICY, "runs/half/model"]):
         drawn = evaluate.draw_prompts(names, tokenizer, options)

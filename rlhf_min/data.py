@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
+from huggingface_hub import HfApi, constants
 
 from .support.errors import UserError, first_line
 from .support.files import whole
@@ -119,8 +119,8 @@ def _contents(source):
         if loader:
             rows = datasets.load_dataset(loader, data_files=source, split="train")
         else:
-            if not huggingface_hub.constants.HF_HUB_OFFLINE:
-                huggingface_hub.HfApi().dataset_info(name, timeout=5)  # load_dataset would retry for half a minute
+            if not constants.HF_HUB_OFFLINE:
+                HfApi().dataset_info(name, timeout=5)  # load_dataset would retry for half a minute
             rows = datasets.load_dataset(name, split=split or "train")
     except ImportError:
         what = f"a {path.suffix} file needs" if loader else "no file, and a hub data set needs"
@@ -184,12 +184,19 @@ def _prompt(prompt):
     return prompt if isinstance(prompt, list) else _text({"prompt": prompt}, "prompt")
 
 
+def _words(value):
+    """How many words the longest text in a JSON value has."""
+    if isinstance(value, dict | list):
+        return max(map(_words, value.values() if isinstance(value, dict) else value), default=0)
+    return len(value.split()) if isinstance(value, str) else 0
+
+
 def _check_all_is_read(row, used, long_texts=False):
     """ValueError for a field that may hold the question and is not read: one of QUESTIONS, and with `long_texts` any
     conversation and any text of more than five words. What repeats the text that is read is fine."""
     read = json.dumps([row.get(name) for name in used])
     for name, value in row.items():
-        long = isinstance(value, list | dict) or (isinstance(value, str) and len(value.split()) > 5)
+        long = _is_conversation(value) or _words(value) > 5
         suspect = name not in used and value and (name in QUESTIONS or (long_texts and long))
         if suspect and json.dumps(value)[1:-1] not in read:
             fix = "put it into 'prompt'" if "prompt" in row else f"--columns prompt={name} reads it as the prompt"

@@ -135,7 +135,17 @@ def test_a_missing_file_is_not_taken_for_a_hub_name(monkeypatch, source):
         ({"prompt": "A film?", "chosen": [*TURNS, GOOD], "rejected": [*TURNS, BAD]}, Pair(TURNS, "Great.", "Dull.")),
         ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, Pair([USER], "Great.", "Great.")),
         ({"prompt": "A film?", "chosen": [GOOD], "rejected": [BAD]}, Pair([USER], "Great.", "Dull.")),
-        ({"prompt": "x", "chosen": "y", "rejected": "z", "messages": ["x", "y"][:1], "id": "7"}, Pair("x", "y", "z")),
+        (
+            {
+                "prompt": "x",
+                "chosen": "y",
+                "rejected": "z",
+                "messages": ["x"],
+                "id": "7",
+                "ratings": {"a": [1, 2, 3, 4, 5, 6]},
+            },
+            Pair("x", "y", "z"),
+        ),
     ],
 )
 def test_pairs(tmp_path, row, pair):
@@ -172,6 +182,7 @@ def test_labelled_texts_are_paired_in_order(tmp_path):
         ({"chosen": [GOOD], "rejected": [BAD]}, "no field 'prompt'"),
         ({"tools": [{"name": "f"}], "chosen": "a", "rejected": "b"}, "field 'tools' would not be read"),
         ({"context": "x", "prompt": "y", "chosen": "a", "rejected": "b"}, "put it into 'prompt'; --columns =context"),
+        ({"turns": {"a": ["one two three four five six"]}, "chosen": "a", "rejected": "b"}, "field 'turns' would not"),
         ({"blurb": "one two three four five six", "chosen": "a", "rejected": "b"}, "--columns prompt=blurb reads it"),
         ({"chosen": "a", "rejected": "b", "margin": "1.5"}, "'margin' must be a finite number, but is '1.5'"),
         ({"chosen": "a", "rejected": "b", "margin": float("nan")}, "'margin' must be a finite number, but is nan"),

@@ -144,7 +144,8 @@ def judge_answers(judges, tokenizer, prompts, rollout):
     texts, completions = [prompt.text for prompt in prompts], decode_completions(tokenizer, rollout)
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns or {})
     columns = {name: [(prompt.columns or {}).get(name) for prompt in prompts] for name in names}
-    columns["completion_ids"] = [ids[mask].tolist() for ids, mask in zip(rollout.completions, rollout.mask)]
+    ids, lengths = rollout.completions.tolist(), rollout.mask.sum(-1).tolist()  # B × T, B
+    columns["completion_ids"] = [row[:length] for row, length in zip(ids, lengths)]
     rewards = {}
     for name, judge in judges.items():
         summed = isinstance(judge, WeightedSum)

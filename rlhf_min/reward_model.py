@@ -71,7 +71,7 @@ class RewardModel:
         self.label = [labels_of(model).index(label)] if label else slice(None)
         self.has_sigma = model.config.num_labels > 1 and not label
 
-    def __call__(self, prompts, completions, ended, **columns):
+    def __call__(self, prompts, completions, ended, columns=None):
         """B prompts (text or messages), B answers as text, ended (B,) → reward (B,), sigma (B,), float32."""
         rows = [encode_answer(self.tokenizer, *answer) for answer in zip(prompts, completions, ended.tolist())]
         longer = sum(len(row) > self.max_length for row in rows)
@@ -100,11 +100,11 @@ class RewardFunction:
     def __init__(self, function, name, device):
         self.function, self.name, self.device = function, name, device
 
-    def __call__(self, prompts, completions, ended, **columns):
+    def __call__(self, prompts, completions, ended, columns=None):
         """As RewardModel. UserError where the function does not return one finite number per answer."""
         texts = [answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
                  for prompt, answer in zip(prompts, completions)]  # fmt: skip
-        columns |= {"prompts": prompts, "completions": texts}
+        columns = {**(columns or {}), "prompts": prompts, "completions": texts}
         try:
             takes = inspect.signature(self.function).parameters
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
@@ -149,7 +149,7 @@ def judge_answers(judges, tokenizer, prompts, rollout):
     rewards = {}
     for name, judge in judges.items():
         summed = isinstance(judge, WeightedSum)
-        rewards[name], sigma = judge(rewards) if summed else judge(texts, completions, rollout.ended, **columns)
+        rewards[name], sigma = judge(rewards) if summed else judge(texts, completions, rollout.ended, columns)
         rewards |= {"sigma": sigma} if name == "reward" else {}
     return rewards, completions
 

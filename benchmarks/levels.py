@@ -80,8 +80,8 @@ def arm_settings(arm, judge, answers, options):
 def reweighted(judge, weight):
     """A judge whose reward is r · weight(σ)."""
 
-    def reweighted_judge(*inputs, **columns):
-        reward, sigma = judge(*inputs, **columns)
+    def reweighted_judge(*inputs):
+        reward, sigma = judge(*inputs)
         return reward * weight(sigma), sigma
 
     return reweighted_judge

@@ -82,7 +82,7 @@ def test_reward_models_from_end_to_end(in_world):
     assert 0 < rows[1]["tie_mass"] < 0.5 and 0 < rows[1]["sigma"] < 4.5 and "sigma" not in rows[0]
 
 
-def doubting_judge(texts, completions, ended, **columns):
+def doubting_judge(texts, completions, ended, columns=None):
     """A reward and a σ that differ from answer to answer."""
     lengths = torch.tensor([float(len(completion)) for completion in completions])
     return 3 + lengths.sin(), 1 + lengths.cos().abs()
@@ -148,9 +148,7 @@ def test_gradients_of_all_baselines(tiny_policy, tiny_tokenizer, of):
 
     With N = 8 answers, leaving one's own out is 8/7 of the mean of all.
     """
-    judge = lambda texts, answers, *_, **columns: (
-        (torch.tensor([float(CASES[of](*pair)) for pair in zip(texts, answers)]),) * 2
-    )
+    judge = lambda texts, answers, *_: (torch.tensor([float(CASES[of](*pair)) for pair in zip(texts, answers)]),) * 2
     options = baselines.BaselineOptions(sequences=8, batches=2, past=2, reference_sequences=8, max_length=9)
     prompts = [Prompt(tiny_tokenizer(text)["input_ids"], text) for text in ("I", "The", "The film", "The film was")]
     task = Task(tiny_policy, tiny_tokenizer, {"reward": judge}, prompts, [])

@@ -384,10 +384,10 @@ def test_a_function_gets_what_trl_gives(tiny_tokenizer, monkeypatch):
 
     judges = {"a": RewardFunction(whole, "whole", CPU)}
     judges["b"] = RewardFunction(lambda completion_ids: [len(ids) for ids in completion_ids], "ids", CPU)
-    prompts = [Prompt([0], QUESTION, {"solution": "x"}), Prompt([0], "The film", {"level": 3})]
+    prompts = [Prompt([0], QUESTION, {"solution": "x", "ended": 1}), Prompt([0], "The film", {"level": 3})]
     rewards, _ = judge_answers(judges, tiny_tokenizer, prompts, rollout)
     ids = [tiny_tokenizer(text)["input_ids"] for text in (" fun", " was dull")]
-    assert seen == {"solution": ["x", None], "level": [None, 3], "completion_ids": ids,
+    assert seen == {"solution": ["x", None], "level": [None, 3], "ended": [1, None], "completion_ids": ids,
                     "completions": [[{"role": "assistant", "content": " fun"}], " was dull"]}  # fmt: skip
     assert rewards["a"].tolist() == [0.0, 2.0] and rewards["b"].tolist() == [len(row) for row in ids]
 

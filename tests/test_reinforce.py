@@ -253,9 +253,7 @@ def test_a_reward_of_the_prompt_alone_teaches_nothing(metrics_of, tiny_policy, k
 def test_where_sigma_enters(metrics_of, sigma, advantage, baseline):
     """The weight f(σ) leaves the baseline alone, the penalty σ does not, and the raw reward is what is logged."""
 
-    def judge(
-        prompts, completions, ended, **columns
-    ):  # reward 6 and σ = 1 for the first half of the answers, then 4 and 3
+    def judge(prompts, completions, *_):  # reward 6 and σ = 1 for the first half of the answers, then 4 and 3
         return torch.tensor([6.0] * 6 + [4.0] * 6), torch.tensor([1.0] * 6 + [3.0] * 6)
 
     first, second = metrics_of(2, judge, sigma=sigma)

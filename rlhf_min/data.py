@@ -22,9 +22,10 @@ from .support.errors import UserError, first_line
 from .support.files import whole
 
 LOADERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}  # what the library `datasets` reads
-QUESTIONS = """instruction question query input context system system_prompt conversations messages history dialogue
-tools passage document article post title human user""".split()  # fields that may hold what an answer answers
-PAIR_NEEDS = "a pair needs 'chosen' and 'rejected', or 'text' and 'label'; "
+QUESTIONS = """prompt text instruction instructions question query problem input context premise system system_prompt
+system_message conversations messages history dialogue tools passage document article body email post title human
+user""".split()  # fields that may hold what an answer answers
+PAIR_NEEDS = "a pair needs 'chosen' and 'rejected', or 'text' and 'label' (--columns chosen=FIELD names one); "
 # for a tokenizer without a chat template: a line a message, between the tokens that BERT reads, and EOS after an answer
 PLAIN_TEMPLATE = """{{ cls_token or '' }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}\
 {{ eos_token or '' if message['role'] == 'assistant' else '' }}{{ '\n' }}{% endfor %}\
@@ -45,6 +46,7 @@ class Pair(NamedTuple):
         """What both answers belong to: the prompt, else how both begin, else, for two texts, nothing but themselves."""
         same = itertools.takewhile(lambda letters: letters[0] == letters[1], zip(self.chosen, self.rejected))
         shared = "".join(letter for letter, _ in same)
+        shared = shared[: max(shared.rfind(":"), shared.rfind("\n")) + 1] or shared  # up to "Assistant:"
         return self.prompt or (shared if len(shared) > 20 else sorted([self.chosen, self.rejected]))
 
 
@@ -65,7 +67,10 @@ def read_rows(source, parse=lambda row: row, columns=()):
     columns: ["new=old"], other names for fields; without a new name the field is left out. Where parse raises
     ValueError, a row is wrong: UserError with the first one and their number.
     """
-    names = dict(reversed(column.partition("=")[::2]) for column in columns)
+    names = dict(reversed(column.partition("=")[::2]) for column in columns)  # {old: new}
+    new = [name for name in names.values() if name]
+    if not all("=" in column for column in columns) or len(names) < len(columns) or len({*new}) < len(new):
+        raise UserError(f"--columns {' '.join(columns)}: write new=old or =old, and each name once")
     parsed, wrong, count = [], [], 0
     for where, content in _contents(source):
         count += 1
@@ -166,6 +171,8 @@ def _messages(messages, key):
     if not _is_conversation(messages):
         raise ValueError(f"'{key}' must be text or a list of messages, like the others")
     for message in messages:
+        if isinstance(message, dict) and message.get("role") == "system" and message.get("content") == "":
+            continue
         for part in ("role", "content"):
             _text(message if isinstance(message, dict) else {}, part, f"a message of '{key}' needs it; ")
     return messages
@@ -194,13 +201,15 @@ def _words(value):
 def _check_all_is_read(row, used, long_texts=False):
     """ValueError for a field that may hold the question and is not read: one of QUESTIONS, and with `long_texts` any
     conversation and any text of more than five words. What repeats the text that is read is fine."""
-    read = json.dumps([row.get(name) for name in used])
+    read = json.dumps([row.get(name) for name in used], default=str)
     for name, value in row.items():
-        long = _is_conversation(value) or _words(value) > 5
-        suspect = name not in used and value and (name in QUESTIONS or (long_texts and long))
-        if suspect and json.dumps(value)[1:-1] not in read:
-            fix = "put it into 'prompt'" if "prompt" in row else f"--columns prompt={name} reads it as the prompt"
-            raise ValueError(f"field '{name}' would not be read; {fix}; --columns ={name} leaves it out")
+        question = name.lower() in QUESTIONS and isinstance(value, str | list | dict)
+        suspect = question or (long_texts and (_is_conversation(value) or _words(value) > 5))
+        repeats = json.dumps(value.strip() if isinstance(value, str) else value, default=str)[1:-1] in read
+        if name not in used and value and suspect and not repeats:
+            fix = f"--columns ={name} leaves it out, if it is no part of the question"
+            fix = fix if "prompt" in row else f"--columns prompt={name} reads it as the prompt; {fix}"
+            raise ValueError(f"field '{name}' would not be read; {fix}")
 
 
 def pair_of_row(row):
@@ -220,6 +229,8 @@ def pair_of_row(row):
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1
+        if json.dumps(prompt)[1:-1] not in json.dumps(chosen[:shared]):
+            raise ValueError("'prompt' is no part of the conversations in 'chosen' and 'rejected'; --columns =prompt")
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     elif isinstance(prompt, str):
         prompt = [{"role": "user", "content": _text(row, "prompt")}]
@@ -234,11 +245,12 @@ def load_pairs(source, margin=False, columns=()):
     good, bad = [], []
 
     def parse(row):
-        if margin and ("chosen" not in row or "margin" not in row):
+        if margin and ("chosen" not in row or row.get("margin") is None):
             raise ValueError("a pair with a field 'margin' is needed; add the field or leave out --margin")
         if "label" not in row or "chosen" in row:
             return pair_of_row(row)
         text = _text(row, "text", PAIR_NEEDS)
+        _check_all_is_read(row, ("text", "label"))
         if row["label"] not in (0, 1):
             raise ValueError(f"'label' must be 0 (bad) or 1 (good), but is {row['label']!r}")
         (good if row["label"] else bad).append(text)
@@ -292,7 +304,11 @@ def load_prompts(source, tokenizer, options):
     def parse(row):
         columns = {name: value for name, value in row.items() if name != "prompt"}
         if "prompt" not in row and not _is_whole(row):
-            text = _text(row, "text", "a prompt needs 'prompt', or 'text', whose first tokens it is; ")
+            text = _text(
+                row,
+                "text",
+                "a prompt needs 'prompt' (--columns prompt=FIELD names it), or 'text', whose first tokens it is; ",
+            )
             _check_all_is_read(row, ("text",))
             # cut for speed: tokens average far fewer than 32 characters; a BOS, where there is one, counts as a token
             tokens = tokenizer(text[: 32 * options.prompt_tokens])["input_ids"][: options.prompt_tokens]

@@ -6,7 +6,9 @@ sigma is the standard deviation of the rating, and 0 for a head with one reward 
 """
 
 import asyncio
+import copy
 import inspect
+import math
 import os
 import pydoc
 import re
@@ -104,7 +106,7 @@ class RewardFunction:
         """As RewardModel. UserError where the function does not return one finite number per answer."""
         texts = [answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
                  for prompt, answer in zip(prompts, completions)]  # fmt: skip
-        columns = {**(columns or {}), "prompts": prompts, "completions": texts}
+        columns = copy.deepcopy({**(columns or {}), "prompts": prompts, "completions": texts})  # it may change them
         try:
             takes = inspect.signature(self.function).parameters
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
@@ -199,6 +201,8 @@ def load_judge(spec, device):
     """A judge by name: a run folder, a transformers folder, an adapter, a hub name, or package.module.function."""
     if not os.path.exists(spec) and "/" not in spec and "." in spec:
         return RewardFunction(import_function(spec), spec, device)
+    if ".py" in spec:
+        raise UserError(f"{spec}: write a function as package.module.function")
     name, _, label = spec.partition(":") if not os.path.exists(spec) else (spec, "", "")
     return RewardModel(*load_classifier(name, device, label=label), label=label)
 
@@ -211,7 +215,7 @@ def named_judges(specs):
         if not equals:
             name, rest = spec.rstrip("/").replace("/", ".").rpartition(".")[2], spec
         if not rest or name in [*judges, *TAKEN] or re.fullmatch(r"|.*[|\n].*|.*_(se|z|delta|low|high|rate)", name):
-            raise UserError(f"--judges {spec}: write other-name={rest or 'folder'}; {name!r} is taken or no name")
+            raise UserError(f"judge {spec}: write other-name={rest or 'folder'}; {name!r} is taken or no name")
         judges[name] = rest
     return judges
 
@@ -223,7 +227,7 @@ def load_judges_of_task(rewards, weights, judges, device):
     try:
         numbers = [float(weight) for weight in weights or [1.0] * len(rewards)]
         parts = dict(zip(named_judges([*rewards, *judges]), numbers))
-        if len(numbers) != len(rewards) or "reward" in parts:
+        if len(numbers) != len(rewards) or "reward" in parts or not all(map(math.isfinite, numbers)):
             raise ValueError
     except ValueError:
         need = f"--reward-weights: {len(rewards)} numbers are needed, one for each --reward-model"

@@ -115,7 +115,7 @@ MISTAKES = [
     ("warp", "--prompts none.jsonl", "none.jsonl: no such file"),
     ("rm", "--data owner/name", "owner/name: no file, and a hub data set needs pip install 'rlhf_min[data]'"),
     ("warp", "--prompts broken.jsonl", "broken.jsonl, line 2: not JSON"),
-    ("evaluate", "--prompts titles.jsonl", "titles.jsonl, line 1: no field 'text'; a prompt needs 'prompt', or 'text'"),
+    ("evaluate", "--prompts titles.jsonl", "titles.jsonl, line 1: no field 'text'; a prompt needs 'prompt' (--columns"),
     ("pretrain", "--data nothing.jsonl", "nothing.jsonl: the file is empty"),
     ("rm", "--data cut.jsonl.gz", "cut.jsonl.gz cannot be read"),
     ("rm", "--data good.jsonl", "labelled texts need both labels, 1 and 0"),

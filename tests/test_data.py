@@ -181,7 +181,10 @@ def test_labelled_texts_are_paired_in_order(tmp_path):
         ({"prompt": [USER, GOOD], "chosen": [GOOD], "rejected": [BAD]}, "it must be the user's"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "no field 'prompt'"),
         ({"tools": [{"name": "f"}], "chosen": "a", "rejected": "b"}, "field 'tools' would not be read"),
-        ({"context": "x", "prompt": "y", "chosen": "a", "rejected": "b"}, "put it into 'prompt'; --columns =context"),
+        ({"context": "x", "prompt": "y", "chosen": "a", "rejected": "b"}, "--columns =context leaves it out"),
+        ({"prompt": "Is 3 even?", "text": "No.", "label": 1}, "field 'prompt' would not be read"),
+        ({"Question": "Who?", "chosen": "a", "rejected": "b"}, "--columns prompt=Question reads it"),
+        ({"prompt": "Be harsh.", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "'prompt' is no part of the"),
         ({"turns": {"a": ["one two three four five six"]}, "chosen": "a", "rejected": "b"}, "field 'turns' would not"),
         ({"blurb": "one two three four five six", "chosen": "a", "rejected": "b"}, "--columns prompt=blurb reads it"),
         ({"chosen": "a", "rejected": "b", "margin": "1.5"}, "'margin' must be a finite number, but is '1.5'"),
@@ -245,13 +248,14 @@ def test_long_prompts_are_left_out(tmp_path, tiny_tokenizer, monkeypatch, limit,
     ("row", "fragment"),
     [
         ({"text": "I"}, "lower --prompt-tokens, or raise --max-prompt-characters"),
-        ({"prompt": "a", "tools": [{"name": "f"}]}, "field 'tools' would not be read; put it into 'prompt'"),
+        ({"prompt": "a", "tools": [{"name": "f"}]}, "field 'tools' would not be read; --columns =tools"),
+        ({"prompt": "Sum it up.", "text": "long"}, "field 'text' would not be read"),
         ({"prompt": [USER, GOOD]}, "it must be the user's"),
         ({"prompt": ["a"]}, "must be text or a list of messages"),
         ({"prompt": [USER, {"content": "no role"}]}, "no field 'role'; a message of 'prompt' needs it"),
         (
             {"title": "a"},
-            "line 1: no field 'text'; a prompt needs 'prompt', or 'text', whose first tokens it is; found",
+            "line 1: no field 'text'; a prompt needs 'prompt' (--columns",
         ),
         ({"chosen": [USER, GOOD]}, "p.jsonl, line 1: no field 'rejected'"),
     ],
@@ -349,6 +353,9 @@ def test_columns_rename_and_leave_out(tmp_path):
         UserError, match=r"line 1: --columns: no field 'body'; found question, .* \(2 of 2 rows are wrong"
     ):
         load_pairs(source, columns=["prompt=body"])
+    for columns in (["prompt"], ["prompt=question", "prompt=why"], ["=why", "x=why"]):
+        with pytest.raises(UserError, match="write new=old or =old, and each name once"):
+            load_pairs(source, columns=columns)
     with pytest.raises(UserError, match="there is a field 'chosen' already"):
         load_pairs(source, columns=["chosen=why"])
 
@@ -367,7 +374,9 @@ def test_no_question_is_on_both_sides(kind):
     if kind == "prompts":
         pairs = [Pair(begin(i), f"good {i}", f"bad {i}") for i in range(60)]
     else:
-        pairs = [Pair("", f"{begin(i)} good {i}", f"{begin(i)} bad {i}") for i in range(60)]
+        pairs = [
+            Pair("", f"{begin(i)} {i % 2 * 'It is '}good {i}", f"{begin(i)} {i % 2 * 'It is '}bad") for i in range(60)
+        ]
     train, held_out = split_pairs(pairs, 0.27)  # 17 of 60, which come in threes
     assert {*train}.isdisjoint(held_out) and len(train) + len(held_out) == 60 and len(held_out) == 18
     assert {pair.question for pair in train}.isdisjoint(pair.question for pair in held_out)

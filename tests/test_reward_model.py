@@ -380,6 +380,7 @@ def test_a_function_gets_what_trl_gives(tiny_tokenizer, monkeypatch):
 
     async def whole(prompts, completions, solution, **columns):
         seen.update(columns, solution=solution, completions=completions)
+        prompts[0].append("changed")  # its own copy
         return [None, 2.0]
 
     judges = {"a": RewardFunction(whole, "whole", CPU)}
@@ -389,6 +390,7 @@ def test_a_function_gets_what_trl_gives(tiny_tokenizer, monkeypatch):
     ids = [tiny_tokenizer(text)["input_ids"] for text in (" fun", " was dull")]
     assert seen == {"solution": ["x", None], "level": [None, 3], "ended": [1, None], "completion_ids": ids,
                     "completions": [[{"role": "assistant", "content": " fun"}], " was dull"]}  # fmt: skip
+    assert prompts[0].text == QUESTION and len(QUESTION) == 1
     assert rewards["a"].tolist() == [0.0, 2.0] and rewards["b"].tolist() == [len(row) for row in ids]
 
 
@@ -405,7 +407,7 @@ def test_several_rewards_are_added_up(tiny_tokenizer, tmp_path, monkeypatch):
     rewards, _ = judge_answers(judges, tiny_tokenizer, prompts, rollout)
     assert rewards["reward"].tolist() == [2 * 9 - 0.5 * 2, 2 * 6 - 0.5 * 1] and rewards["words"].tolist() == [2, 1]
     assert rewards["sigma"].tolist() == [0, 0]
-    for weights in (["1"], ["1", "x"]):
+    for weights in (["1"], ["1", "x"], ["1", "nan"]):
         with pytest.raises(UserError, match="--reward-weights: 2 numbers are needed"):
             load_judges_of_task(specs, weights, [], CPU)
 

@@ -61,16 +61,20 @@ def test_another_model_takes_the_place_of_the_first():
     assert {key[4] for key in gpu_step.STEPS} == {id(next(second.parameters()))}
 
 
-def test_in_autocast_the_copies_are_of_its_dtype():
+def test_in_autocast_the_copies_are_of_its_dtype(monkeypatch):
     """Matrix products have weights in bfloat16, the rest stays; probabilities are the plain loop's but for rounding."""
     policy = build().float()
     add_lora(policy, 2, 8)
-    policy.generation_config.eos_token_id = [99]
+    policy.generation_config.eos_token_id, caches, take = [99], [], gpu_step.Step.write
+    write = lambda step, logits: caches.append(torch.is_autocast_cache_enabled()) or take(step, logits)
+    monkeypatch.setattr(gpu_step.Step, "write", write)
     with torch.autocast("cpu", torch.bfloat16):
         (_, expected), (_, probs) = both(policy, prompts=PROMPTS[:1], max_length=5)
     assert (expected - probs).abs().max() < 0.03
     (step,) = gpu_step.STEPS.values()
     assert step.model.transformer.h[0].mlp.c_fc.weight.dtype == step.model.lm_head.weight.dtype == torch.bfloat16
+    assert step.model.transformer.h[0].attn.c_attn.bias.dtype == torch.bfloat16
+    assert caches == [False, True, False]  # to be recorded, the prompt, recorded: a graph must not read such a cache
     assert step.model.transformer.wte.weight is policy.transformer.wte.weight
 
 

@@ -46,12 +46,13 @@ class Step:
         self.model.config._attn_implementation = "one_token"
         if cache_argument(policy) is None:
             raise ValueError("the model has no keys and values")
-        self.copies = []  # [(copy, function that gives what to copy)]
+        self.copies = []  # [(copy, module, name of its parameter)]
         for module, copied in zip(policy.modules(), self.model.modules()):
             if hasattr(module, "delta") or (isinstance(module, nn.Linear | Conv1D) and dtype != policy.dtype):
                 copied.enabled = False
-                copied.weight = nn.Parameter(module.weight.detach().to(dtype, copy=True), requires_grad=False)
-                self.copies.append((copied.weight, module))
+                for name in [name for name in ("weight", "bias") if getattr(module, name) is not None]:
+                    setattr(copied, name, nn.Parameter(getattr(module, name).detach().to(dtype, copy=True), False))
+                    self.copies.append((getattr(copied, name), module, name))
         full = lambda value, *shape, dtype=torch.long: torch.full(shape, value, dtype=dtype, device=device)
         self.tokens, self.uniform = full(0, count, length), full(0.5, count, length, dtype=torch.float64)  # (B, L) × 2
         self.mask = full(0.0, count, 1, 1, length, dtype=dtype)  # (B, 1, 1, L), 0 or −∞
@@ -82,7 +83,10 @@ class Step:
         """Read the last token, write the next one."""
         inputs = {"input_ids": self.tokens.index_select(1, self.slot), "position_ids": self.slot - self.pads}
         inputs |= {"attention_mask": self.mask, "use_cache": True, cache_argument(self.model): self}
-        self.probs = self.write(self.model(**inputs).logits)
+        device, dtype = self.tokens.device.type, self.mask.dtype
+        # what autocast has cast and cached is freed when its region ends, and a graph would go on reading it
+        with torch.autocast(device, dtype, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
+            self.probs = self.write(self.model(**inputs).logits)
 
     def write(self, logits):
         """Write a token for each row that goes on, as rollout.decode does: (B, 1, V) → their probabilities (B, V)."""
@@ -98,8 +102,9 @@ class Step:
     def begin(self, policy, prompts, attention_mask, uniform, room):
         """Read the prompts (B, P), and write the first token of each answer; returns its probabilities (B, V)."""
         width = prompts.shape[1]  # P
-        for target, module in self.copies:
-            target.copy_(module.weight + module.delta() if getattr(module, "enabled", False) else module.weight)
+        for target, module, name in self.copies:
+            adapted = name == "weight" and getattr(module, "enabled", False)
+            target.copy_(getattr(module, name) + module.delta() if adapted else getattr(module, name))
         self.tokens[:, :width], self.mask[:] = prompts, -torch.inf
         self.mask[..., :width].masked_fill_(attention_mask[:, None, None], 0.0)
         self.uniform[:, width : width + uniform.shape[1]] = uniform[:, : self.uniform.shape[1] - width]

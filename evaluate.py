@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 
 from rlhf_min import evaluation, toy
-from rlhf_min.data import hold_out, load_prompts, without
+from rlhf_min.data import distinct, hold_out, load_prompts
 from rlhf_min.reward_model import load_judges, named_judges
 from rlhf_min.rollout import load_policy
 from rlhf_min.support.errors import UserError, one_line_errors
@@ -71,7 +71,7 @@ def draw_prompts(names, tokenizer, options):
     """`num_prompts` prompts that none of the named policies was trained on."""
     prompts = load_prompts(options.prompts, tokenizer, options)
     for name in names:
-        prompts = without(prompts, trained_on(name, tokenizer))
+        prompts = distinct(prompts, trained_on(name, tokenizer))
     return hold_out(prompts, options.num_prompts, "that no policy was trained on; lower --num-prompts")
 
 

@@ -26,6 +26,7 @@ QUESTIONS = """prompt text instruction instructions question query problem input
 system_message conversations messages history dialogue tools passage document article body email post title human
 user""".split()  # fields that may hold what an answer answers
 PAIR_NEEDS = "a pair needs 'chosen' and 'rejected', or 'text' and 'label' (--columns chosen=FIELD names one); "
+PROMPT_NEEDS = "a prompt needs 'prompt' (--columns prompt=FIELD names it), or 'text', whose first tokens it is; "
 # for a tokenizer without a chat template: a line a message, between the tokens that BERT reads, and EOS after an answer
 PLAIN_TEMPLATE = """{{ cls_token or '' }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}\
 {{ eos_token or '' if message['role'] == 'assistant' else '' }}{{ '\n' }}{% endfor %}\
@@ -42,6 +43,11 @@ class Pair(NamedTuple):
     margin: float | None = None  # by how much the chosen answer is better, where the data say so
 
     @property
+    def identity(self):
+        """The same for copies, whichever of the two answers is the better one."""
+        return json.dumps([self.prompt, sorted([self.chosen, self.rejected])])
+
+    @property
     def question(self):
         """What both answers belong to: the prompt, else how both begin, else, for two texts, nothing but themselves."""
         same = itertools.takewhile(lambda letters: letters[0] == letters[1], zip(self.chosen, self.rejected))
@@ -56,6 +62,11 @@ class Prompt(NamedTuple):
     tokens: list[int]
     text: str | list
     columns: dict | None = None  # the row's other fields, for reward functions
+
+    @property
+    def identity(self):
+        """The same for copies."""
+        return json.dumps(self.text)
 
 
 # Rows
@@ -130,9 +141,7 @@ def _contents(source):
     except ImportError:
         what = f"a {path.suffix} file needs" if loader else "no file, and a hub data set needs"
         raise UserError(f"{source}: {what} pip install 'rlhf_min[data]'; .jsonl needs nothing") from None
-    except (
-        Exception
-    ) as error:  # the library raises a dozen kinds; all mean that the file, the name or the split is wrong
+    except Exception as error:  # of a dozen kinds; all mean that the file, the name or the split is wrong
         raise UserError(f"{source} cannot be read as a data set: {first_line(error)}") from None
     for number, row in enumerate(rows, 1):
         yield f"{source}, row {number}", row
@@ -263,15 +272,11 @@ def load_pairs(source, margin=False, columns=()):
     return pairs, abs(len(good) - len(bad))
 
 
-def distinct(pairs, others=()):
-    """The pairs, each once, that are not among the others, whichever of their two answers is the better one."""
-    key = lambda pair: json.dumps([pair.prompt, sorted(pair[1:3])])
-    seen, kept = {key(pair) for pair in others}, []
-    for pair in pairs:
-        if key(pair) not in seen:
-            kept.append(pair)
-            seen.add(key(pair))
-    return kept
+def distinct(items, others=()):
+    """The pairs or prompts, each once, that are not among the others."""
+    first = {item.identity: item for item in reversed(items)}
+    seen = {other.identity for other in others}
+    return [item for item in items if item is first[item.identity] and item.identity not in seen]
 
 
 def split_pairs(pairs, fraction):
@@ -304,11 +309,7 @@ def load_prompts(source, tokenizer, options):
     def parse(row):
         columns = {name: value for name, value in row.items() if name != "prompt"}
         if "prompt" not in row and not _is_whole(row):
-            text = _text(
-                row,
-                "text",
-                "a prompt needs 'prompt' (--columns prompt=FIELD names it), or 'text', whose first tokens it is; ",
-            )
+            text = _text(row, "text", PROMPT_NEEDS)
             _check_all_is_read(row, ("text",))
             # cut for speed: tokens average far fewer than 32 characters; a BOS, where there is one, counts as a token
             tokens = tokenizer(text[: 32 * options.prompt_tokens])["input_ids"][: options.prompt_tokens]
@@ -329,16 +330,7 @@ def load_prompts(source, tokenizer, options):
     prompts = read_rows(source, parse, options.columns)
     if not prompts:
         raise UserError(f"{source}: no prompt is left; lower --prompt-tokens, or raise --max-prompt-characters")
-    different = {}
-    for prompt in prompts:
-        different.setdefault(json.dumps(prompt.text), prompt)
-    return list(different.values())
-
-
-def without(prompts, others):
-    """The prompts whose text is not among the others'."""
-    seen = {json.dumps(other.text) for other in others}
-    return [prompt for prompt in prompts if json.dumps(prompt.text) not in seen]
+    return distinct(prompts)
 
 
 def hold_out(prompts, count, which):
@@ -351,9 +343,9 @@ def hold_out(prompts, count, which):
 def split_prompts(prompts, eval_prompts, count):
     """(training, held-out) prompts, none in both: `count` of `eval_prompts` if there are any, else of `prompts`."""
     if eval_prompts:
-        return prompts, hold_out(without(eval_prompts, prompts), count, "of --eval-prompts are not in --prompts")
+        return prompts, hold_out(distinct(eval_prompts, prompts), count, "of --eval-prompts are not in --prompts")
     held_out = hold_out(prompts, count + 1, "to hold some out and train on another; lower --num-eval-prompts")[:count]
-    return without(prompts, held_out), held_out
+    return distinct(prompts, held_out), held_out
 
 
 # Token ids

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from .lora import load_model
 from .support import gpu_step
-from .support.batches import pad
+from .support.batches import pad, positions
 from .support.errors import UserError
 from .support.models import cache_argument, check_loaded, context_length, is_classifier, load_tokenizer
 
@@ -70,11 +70,6 @@ def completion_mask(tokens, eos_token_id):
     ends = is_eos(tokens, eos_token_id)  # (B, T)
     ends_before = ends.cumsum(-1) - ends.long()  # (B, T) how many EOS stand before this token
     return ends_before == 0
-
-
-def positions(attention_mask):
-    """(B, L) → (B, L): 0, 1, 2, ... from the first real token. Without them GPT-2 is nats off under left padding."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def next_logits(model, prompts, pad_token_id):

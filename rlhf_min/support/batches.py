@@ -1,4 +1,4 @@
-"""Rows into batches: their order, and padding."""
+"""Rows into batches: their order, padding, and positions."""
 
 import torch
 
@@ -11,6 +11,11 @@ def pad(rows, pad_token_id, device, side="right"):
     lengths = torch.tensor([len(row) for row in rows], device=device)[:, None]  # (B, 1)
     columns = torch.arange(width, device=device)  # (L,)
     return torch.tensor(tokens, device=device), columns < lengths if side == "right" else columns >= width - lengths
+
+
+def positions(attention_mask):
+    """(B, L) → (B, L): 0, 1, 2, ... from the first real token. Without them GPT-2 is nats off under left padding."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def group_by_length(rows, device):

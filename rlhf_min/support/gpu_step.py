@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
+from .batches import positions
 from .errors import first_line
 from .models import cache_argument
 
@@ -58,7 +59,7 @@ class Step:
         self.mask = full(0.0, count, 1, 1, length, dtype=dtype)  # (B, 1, 1, L), 0 or −∞
         self.pads, self.end, self.going = full(0, count, 1), full(length, count, 1), full(True, count, 1, dtype=None)
         self.slot, self.steps, self.keys, self.values = full(0, 1), full(0, 1), [], []
-        self.eos, self.pad = full(0, 1) + torch.tensor(config.eos_token_id, device=device), config.pad_token_id
+        self.eos, self.pad = torch.tensor(config.eos_token_id, device=device), config.pad_token_id
         self.temperature, self.draw = temperature, draw
         self.take()  # what a first call allocates must not be recorded
         if device.type == "cuda":
@@ -113,8 +114,8 @@ class Step:
         self.going.fill_(True)
         self.steps.zero_()
         self.slot.fill_(width - 1)
-        position_ids, cache = (attention_mask.cumsum(-1) - 1).clamp(min=0), DynamicCache(config=policy.config)
-        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": 1}
+        cache = DynamicCache(config=policy.config)
+        inputs = {"attention_mask": attention_mask, "position_ids": positions(attention_mask), "logits_to_keep": 1}
         probs = self.write(policy(prompts, **inputs, use_cache=True, **{cache_argument(policy): cache}).logits)
         for keys, values, layer in zip(self.keys, self.values, cache.layers):
             keys[:, :, :width], values[:, :, :width] = layer.keys, layer.values
@@ -155,7 +156,7 @@ def decode(policy, prompts, attention_mask, uniform, room, temperature, draw):
 def check(policy, step, attention_mask):
     """RuntimeError if the first recorded step has other probabilities than the model has without any cache."""
     attention_mask = F.pad(attention_mask, (0, 1), value=True)  # (B, P+1)
-    inputs = {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
+    inputs = {"attention_mask": attention_mask, "position_ids": positions(attention_mask)}
     logits = policy(step.tokens[:, : attention_mask.shape[1]], **inputs).logits[:, -1]  # (B, V)
     difference = ((logits.float() / step.temperature).softmax(-1) - step.probs).abs().sum(-1).max() / 2  # in [0, 1]
     if not difference < 0.1:

@@ -31,7 +31,8 @@ def resolve_device(options):
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not available on this machine; try --device cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        if device.index is not None:  # "cuda" alone is the current GPU
+            torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # torch 2.11: its gradient of masked attention may be NaN (#196678)
         torch.set_float32_matmul_precision("high")  # TF32: float32 products, such as a judge's, round to 10 bits
     else:

@@ -16,8 +16,6 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, constants
-
 from .support.errors import UserError, first_line
 from .support.files import whole
 
@@ -86,7 +84,7 @@ def read_rows(source, parse=lambda row: row, columns=()):
     for where, content in _contents(source):
         count += 1
         try:
-            row = _json(content) if isinstance(content, bytes) else content
+            row = json.loads(content) if isinstance(content, bytes) else content
             if not isinstance(row, dict):
                 raise ValueError(f"{type(row).__name__} where an object {{...}} belongs; one object a line")
             if absent := names.keys() - row.keys():
@@ -96,6 +94,8 @@ def read_rows(source, parse=lambda row: row, columns=()):
             row = {names.get(name, name): value for name, value in row.items()}
             row.pop("", None)
             parsed.append(parse(row))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            wrong.append(f"{where}: not JSON ({str(error)[:80]}); one object a line")
         except ValueError as error:
             wrong.append(f"{where}: {error}")
     if wrong:
@@ -103,13 +103,6 @@ def read_rows(source, parse=lambda row: row, columns=()):
     if not count:
         raise UserError(f"{source}: the file is empty; it needs at least one line")
     return [row for row in parsed if row is not None]
-
-
-def _json(line):
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({str(error)[:80]}); one object a line") from None
 
 
 def _contents(source):
@@ -135,8 +128,6 @@ def _contents(source):
         if loader:
             rows = datasets.load_dataset(loader, data_files=source, split="train")
         else:
-            if not constants.HF_HUB_OFFLINE:
-                HfApi().dataset_info(name, timeout=5)  # load_dataset would retry for half a minute
             rows = datasets.load_dataset(name, split=split or "train")
     except ImportError:
         what = f"a {path.suffix} file needs" if loader else "no file, and a hub data set needs"
@@ -228,7 +219,7 @@ def pair_of_row(row):
             raise ValueError(f"no field '{key}'; {PAIR_NEEDS}found {', '.join(row)}")
     _check_all_is_read(row, ("prompt", "chosen", "rejected", "margin"), long_texts=True)
     prompt, chosen, rejected, margin = row.get("prompt", ""), row["chosen"], row["rejected"], row.get("margin")
-    if margin is not None and not (isinstance(margin, int | float) and abs(margin) < 1e38):
+    if margin is not None and not (type(margin) in (int, float) and abs(margin) < 1e38):
         raise ValueError(f"'margin' must be a finite number, but is {margin!r}")
     if not _is_conversation(chosen):
         prompt = _prompt(prompt) if prompt != "" else ""

@@ -55,13 +55,10 @@ def train_tokenizer(texts, vocab_size):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=PAD, padding_side="left"
-    )
+    settings = {"special_tokens": [EOS, PAD], "initial_alphabet": alphabet, "show_progress": False}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **settings))
+    special = {"bos_token": EOS, "eos_token": EOS, "pad_token": PAD}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, padding_side="left", **special)
 
 
 def build_model(tokenizer, layers, width, max_length):
@@ -117,9 +114,8 @@ def main(argv=None):
         steps = train_language_model(model, rows, tokenizer.pad_token_id, options, log)
         save_model(model.eval(), tokenizer, log.folder / "model")
         parameters = sum(p.numel() for p in model.parameters())
-        log.finish(
-            texts=len(texts), sequences=len(rows), steps=steps, parameters=parameters, loss=log.metrics()[-1]["loss"]
-        )
+        loss = log.metrics()[-1]["loss"]
+        log.finish(texts=len(texts), sequences=len(rows), steps=steps, parameters=parameters, loss=loss)
 
 
 if __name__ == "__main__":

@@ -148,13 +148,8 @@ def completion_logits(model, rollout, temperature, weights=None):
     `weights`, a dictionary {name: tensor}, the model is evaluated at those instead of its own.
     """
     length = rollout.mask.shape[1]  # T
-    inputs = {
-        "input_ids": rollout.tokens,
-        "attention_mask": rollout.attention_mask,
-        "position_ids": positions(rollout.attention_mask),
-        "logits_to_keep": length + 1,
-        "use_cache": False,
-    }
+    inputs = {"input_ids": rollout.tokens, "attention_mask": rollout.attention_mask, "use_cache": False}
+    inputs |= {"position_ids": positions(rollout.attention_mask), "logits_to_keep": length + 1}
     output = model(**inputs) if weights is None else torch.func.functional_call(model, weights, kwargs=inputs)
     logits = output.logits[:, -length - 1 : -1]  # (B, T, V), also where a model gives all of its logits
     return logits.float() / temperature

@@ -18,12 +18,10 @@ from pathlib import Path
 from .data import write_jsonl
 
 FOLDER = Path("runs/toy")
-REVIEWS, TRAIN_PAIRS, EVAL_PAIRS, PROMPTS = FILES = [
-    str(FOLDER / f"{name}.jsonl") for name in ("reviews", "train_pairs", "eval_pairs", "prompts")
-]
-POLICY, REWARD_MODEL, ORDINAL_REWARD_MODEL = MODELS = [
-    str(FOLDER / name) for name in ("policy", "reward_model", "ordinal_reward_model")
-]
+FILES = [f"{FOLDER}/{name}.jsonl" for name in ("reviews", "train_pairs", "eval_pairs", "prompts")]
+MODELS = [f"{FOLDER}/{name}" for name in ("policy", "reward_model", "ordinal_reward_model")]
+REVIEWS, TRAIN_PAIRS, EVAL_PAIRS, PROMPTS = FILES
+POLICY, REWARD_MODEL, ORDINAL_REWARD_MODEL = MODELS
 
 GENRES = "comedy drama thriller western musical mystery romance documentary".split()
 HEROES = "farmer pilot teacher doctor painter sailor singer detective widow soldier clerk baker".split()
@@ -70,10 +68,7 @@ def _sentences():
 
 SENTENCES = _sentences()
 OPENINGS = {sentence for sentence in SENTENCES if sentence.startswith("This ")}
-OPINIONS = {}  # sentiment → its sentences
-for _sentence, _value in SENTENCES.items():
-    if _value:
-        OPINIONS.setdefault(_value, []).append(_sentence)
+OPINIONS = {value: [s for s in SENTENCES if SENTENCES[s] == value] for value in ADJECTIVES}  # sentiment → sentences
 
 
 def split_sentences(text):
@@ -88,9 +83,7 @@ def gold_score(text):
     are left out, wherever they stand, and so is an unfinished last sentence. Without any sentence the score is 0.
     """
     sentences = [s for s in split_sentences(text) if s.endswith(".") and s not in OPENINGS]
-    if not sentences:
-        return 0.0
-    return sum(SENTENCES.get(sentence, 0.0) for sentence in set(sentences)) / len(sentences)
+    return sum(SENTENCES.get(sentence, 0.0) for sentence in set(sentences)) / max(1, len(sentences))
 
 
 def fluency(text):
@@ -99,11 +92,8 @@ def fluency(text):
     An opening counts only as the first sentence, and a sentence only once: the grammar does not repeat itself.
     """
     sentences = [s for s in split_sentences(text) if s.endswith(".")]
-    seen, good = set(), 0
-    for i, sentence in enumerate(sentences):
-        good += sentence in SENTENCES and sentence not in seen and (sentence not in OPENINGS or i == 0)
-        seen.add(sentence)
-    return good / len(sentences) if sentences else 0.0
+    good = {s for i, s in enumerate(sentences) if s in SENTENCES and (i == 0 or s not in OPENINGS)}
+    return len(good) / max(1, len(sentences))
 
 
 def gold_judge(prompts, completions, **columns):

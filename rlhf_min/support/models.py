@@ -9,7 +9,6 @@ import inspect
 import os
 from pathlib import Path
 
-import huggingface_hub
 import torch
 from torch import nn
 from transformers import AutoTokenizer
@@ -62,18 +61,13 @@ def base_of(adapter):
 def from_pretrained(auto_class, name, **kwargs):
     """auto_class.from_pretrained of a folder, of the hub's cache, or of the hub; UserError where that fails."""
     source = find_model(name)
+    there = Path(source).exists()
     try:
-        return auto_class.from_pretrained(source, local_files_only=True, trust_remote_code=False, **kwargs)
+        return auto_class.from_pretrained(source, local_files_only=there, trust_remote_code=False, **kwargs)
     except Exception as error:  # unreadable files raise a dozen kinds of exception, from OSError to RuntimeError
-        if Path(source).exists():
-            library = any(word in str(error) for word in ("sentencepiece", "SentencePiece", "tiktoken", "protobuf"))
-            why = "pip install sentencepiece protobuf" if library else first_line(error)
-            raise UserError(f"{name} cannot be loaded: {why}") from None
-    try:
-        huggingface_hub.HfApi().model_info(source, timeout=5)  # from_pretrained would retry for half a minute
-        return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
-    except Exception as error:
-        raise UserError(f"{name}: no such folder, nor in the hub's cache; the hub: {first_line(error)}") from None
+        library = any(word in str(error) for word in ("sentencepiece", "SentencePiece", "tiktoken", "protobuf"))
+        why = "pip install sentencepiece protobuf" if library else first_line(error)
+        raise UserError(f"{name} cannot be loaded{'' if there else ', from the hub'}: {why}") from None
 
 
 def load_tokenizer(name):
@@ -131,11 +125,8 @@ def check_loaded(name, model, tokenizer, logits):
     try:
         with torch.no_grad():
             alone, padded = logits([short]), logits([short * 2, short])[1:]  # (1, n) × 2
-        why = (
-            ""
-            if (alone - padded).nan_to_num().abs().max() <= 1e-3 * padded.nan_to_num().abs().max()
-            else "it reads padding"
-        )
+        difference, size = (logits.nan_to_num().abs().max() for logits in (alone - padded, padded))
+        why = "" if difference <= 1e-3 * size else "it reads padding"
     except Exception as error:  # of this family's own code
         why = first_line(error)
     if why:
@@ -145,6 +136,8 @@ def check_loaded(name, model, tokenizer, logits):
 def context_length(model):
     """The longest sequence that the model has positions for."""
     length = getattr(model.config, "max_position_embeddings", None) or -1
+    if "roberta" in model.config.model_type:  # its positions begin behind that of padding
+        length -= model.config.pad_token_id + 1
     return length if length > 0 else 10**9
 
 

@@ -15,14 +15,8 @@ import yaml
 from .errors import UserError, first_line
 from .files import read_json
 
-FREE = (
-    "out",
-    "device",
-    "resume",
-    "save_every",
-    "report_to",
-    "accept_weak",
-)  # may change on resume: they do not change the result
+# these may change on resume: they do not change the result
+FREE = ("out", "device", "resume", "save_every", "report_to", "accept_weak")
 
 
 def option(default, help, choices=None, low=None, high=None):
@@ -109,7 +103,7 @@ def flags_of_config(path):
         elif isinstance(value, list):
             flags += [flag, *map(str, value)]
         else:
-            flags.append(f"{flag}={'' if value is None else value}")
+            flags.append(flag if value is None else f"{flag}={value}")
     return flags
 
 

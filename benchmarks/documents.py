@@ -1,0 +1,244 @@
+"""Fill the tables and draw the figures of README and docs from docs/results/*.json, so that no number is typed.
+
+    pip install -e '.[plots,bench]'
+    python benchmarks/documents.py
+
+A result file holds the command, the commit, the machine and the rows of an experiment. A table stands in a document
+between <!-- results NAME --> and <!-- end -->; NAME is a function of TABLES. A test fails where a document says
+something else than its results.
+"""
+
+import json
+import math
+import re
+import sys
+from itertools import pairwise, product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scipy import stats
+
+from benchmarks.ablations import BETAS, CENTRE, CONTRASTS, MUS
+from rlhf_min.evaluation import format_table, mean_se
+from rlhf_min.support.plots import draw
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(<!-- results (\w+) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
+NATS = (1.0, 2.0)  # where fronts are compared
+START, NOTHING = "θ_sft", (math.nan,) * 5
+
+
+def read_results(name):
+    """docs/results/NAME.json"""
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text("utf-8"))
+
+
+# Statistics over seeds
+
+
+def at_kl(front, start, target, name):
+    """The column `name` where the front, which begins in the row `start` at KL 0, reaches `target`; NaN if never.
+
+    Linear in the KL between neighbouring points.
+    """
+    points = [start, *front]
+    for a, b in pairwise(points):
+        if a["kl"] <= target <= b["kl"] and a["kl"] < b["kl"]:
+            share = (target - a["kl"]) / (b["kl"] - a["kl"])
+            return (1 - share) * a[name] + share * b[name]
+    return math.nan
+
+
+def t_interval(differences):
+    """(mean, low, high, p) of paired differences: Student's t, 95 %, two-sided p against 0."""
+    mean, error = mean_se(differences)
+    half = stats.t.ppf(0.975, len(differences) - 1) * error
+    return mean, mean - half, mean + half, stats.ttest_1samp(differences, 0.0).pvalue
+
+
+def holm(p_values):
+    """Holm's correction, {name: p} → {name: adjusted p}: the i-th smallest of m is multiplied by m − i, i from 0."""
+    adjusted, largest = {}, 0.0
+    for i, name in enumerate(sorted(p_values, key=p_values.get)):
+        largest = max(largest, min(1.0, (len(p_values) - i) * p_values[name]))
+        adjusted[name] = largest
+    return adjusted
+
+
+def by_arm(rows):
+    """{arm: {seed: row}}"""
+    arms = {}
+    for row in rows:
+        arms.setdefault(row["arm"], {})[row["seed"]] = row
+    return arms
+
+
+def values_at(arms, arm, target, name="gold"):
+    """{seed: what the arm's front has at this KL}, of the seeds whose front reaches it."""
+    found = {}
+    for seed, row in arms[arm].items():
+        value = at_kl(row["front"], arms[START][seed]["front"][0], target, name)
+        if not math.isnan(value):
+            found[seed] = value
+    return found
+
+
+def contrasts(arms):
+    """{(arm, nats): (mean, low, high, p, Holm's p)} of gold − the centre's gold at the same KL, paired by seed."""
+    found = {}
+    for arm in [arm for arm in CONTRASTS if arm in arms]:
+        for target in NATS:
+            centre, values = values_at(arms, CENTRE, target), values_at(arms, arm, target)
+            seeds = sorted(centre.keys() & values)
+            if len(seeds) == len(arms[arm]):  # where a seed's front is too short, the others would be a selection
+                found[arm, target] = t_interval([values[seed] - centre[seed] for seed in seeds])
+    adjusted = holm({key: value[3] for key, value in found.items()})
+    return {key: (*value, adjusted[key]) for key, value in found.items()}
+
+
+# Tables
+
+
+def ablations():
+    """What every arm but the grid's ends in, and what its front has at 1 and 2 nats; ± over seeds."""
+    arms, rows = by_arm(read_results("ablations")["rows"]), []
+    for arm in [arm for arm in arms if not arm.startswith("I = 1, μ")]:
+        runs = list(arms[arm].values())
+        row = {"arm": arm, "steps": runs[0]["steps"]}
+        for name in ("kl", "reward", "gold", "fluency"):
+            row[name], row[f"{name}_se"] = mean_se([run["front"][-1][name] for run in runs])
+        for target, name in product(NATS, ("reward", "gold")):
+            values = list(values_at(arms, arm, target, name).values())
+            key = f"{name} at {target:g}"
+            row[key], row[f"{key}_se"] = mean_se(values) if len(values) == len(runs) else (None, None)
+        rows.append(row)
+    return format_table(rows)
+
+
+def differences():
+    """The difference of every named arm to the centre: gold at the same KL, 95 % interval, Holm's p."""
+    tested, rows = contrasts(by_arm(read_results("ablations")["rows"])), []
+    for arm in CONTRASTS:
+        row = {"arm": arm}
+        for target in NATS:
+            key = f"gold at {target:g}, arm − centre"
+            row[key], row[f"{key}_low"], row[f"{key}_high"], _, row[f"p at {target:g}"] = tested.get(
+                (arm, target), NOTHING
+            )
+        rows.append(row)
+    return format_table(rows)
+
+
+def grid():
+    """KL at the end of one iteration, a row for each μ, a column for each β."""
+    arms = by_arm(read_results("ablations")["rows"])
+    rows = []
+    for mu in MUS:
+        row = {"μ": f"{mu:g}"}
+        for beta in BETAS:
+            runs = arms[f"I = 1, μ {mu:g}, β {beta:g}"].values()
+            row[f"β = {beta:g}"], row[f"β = {beta:g}_se"] = mean_se([run["front"][-1]["kl"] for run in runs])
+        rows.append(row)
+    return format_table(rows)
+
+
+TABLES = {"ablations": ablations, "differences": differences, "grid": grid}
+
+
+def filled(text):
+    """A document with its tables as the results have them."""
+    return BLOCK.sub(lambda block: block[1] + TABLES[block[2]]() + block[3], text)
+
+
+# Figures
+
+
+def plot_fronts(arms, path):
+    """Mean fronts with a band of one standard error over seeds, and where REINFORCE ends for each β."""
+    start = [row["front"][0] for row in arms[START].values()]
+
+    def points(fronts, name):
+        """Means of x and y and the errors of y, a value for each point of the fronts."""
+        x, (y, error) = (
+            [mean_se(kl)[0] for kl in zip(*column(fronts, "kl"))],
+            zip(*map(mean_se, zip(*column(fronts, name)))),
+        )
+        return x, y, error
+
+    def fill(panel, name):
+        for arm in (CENTRE, "M = 4", "I = 3", "no anchor"):
+            x, y, error = points([[a, *row["front"]] for a, row in zip(start, arms[arm].values())], name)
+            panel.plot(x, y, "o-", markersize=3, label="WARP, the centre" if arm == CENTRE else arm)
+            panel.fill_between(x, [a - b for a, b in zip(y, error)], [a + b for a, b in zip(y, error)], alpha=0.2)
+        for n, marker in ((4, "s"), (8, "D")):  # a path over β instead of η
+            paths = zip(*(arms[f"REINFORCE, β {beta}, {n}T steps"].values() for beta in BETAS))
+            x, y, error = points([[row["front"][-1] for row in path] for path in paths], name)
+            label = f"REINFORCE, {n}T steps, β .05, .1, .2"
+            panel.errorbar(x, y, error, marker=marker, color="0.3", linestyle=":", label=label)
+        panel.set(xlabel="KL to θ_sft, nats per answer", ylabel=name)
+
+    draw(["reward", "gold"], fill, path, (5.0, 3.8))
+
+
+def column(fronts, name):
+    """Rows of numbers from rows of table rows."""
+    return [[row[name] for row in front] for front in fronts]
+
+
+def plot_contrasts(arms, path):
+    """A forest: the difference of every named arm to the centre, with its interval; red where Holm's p is below .05."""
+    tested, panels = contrasts(arms), {f"gold at {target:g} nats, arm − centre": target for target in NATS}
+
+    def fill(panel, name):
+        found = {arm: tested[arm, panels[name]] for arm in CONTRASTS if (arm, panels[name]) in tested}
+        for y, (mean, low, high, _, p) in enumerate(found.values()):
+            panel.plot([low, mean, high], [-y] * 3, "|-", color="C3" if p < 0.05 else "0.5", markersize=5)
+        panel.axvline(0, color="0.2", linewidth=0.8)
+        panel.set_yticks([-y for y in range(len(found))], list(found), fontsize=7)
+        panel.set_xlabel(name)
+
+    draw(list(panels), fill, path, (5.4, 4.4))
+
+
+def plot_grid(arms, path):
+    """KL over β (1−μ)/μ, both logarithmic: on one line, if only this product counted."""
+
+    def fill(panel, name):
+        for mu in MUS:
+            runs = [arms[f"I = 1, μ {mu:g}, β {beta:g}"].values() for beta in BETAS]
+            y, error = zip(*(mean_se([run["front"][-1]["kl"] for run in rows]) for rows in runs))
+            panel.errorbar([beta * (1 - mu) / mu for beta in BETAS], y, error, marker="o", label=f"μ = {mu:g}")
+        panel.set(xscale="log", yscale="log", xlabel="β (1 − μ) / μ", ylabel=name)
+
+    draw(["KL to θ_sft after one iteration"], fill, path, (5.0, 3.8))
+
+
+def plot_curvature(arms, path):
+    """Second differences over η of the centre's front: reward is concave where they are negative, KL convex where
+    positive."""
+
+    def fill(panel, name):
+        fronts = [[arms[START][seed]["front"][0], *row["front"]] for seed, row in arms[CENTRE].items()]
+        bends = [[f[i - 1][name] - 2 * f[i][name] + f[i + 1][name] for f in fronts] for i in (1, 2, 3)]
+        means, lows, highs, _ = zip(*map(t_interval, bends))
+        errors = [[m - a for m, a in zip(means, lows)], [b - m for m, b in zip(means, highs)]]
+        panel.errorbar([0.25, 0.5, 0.75], means, errors, fmt="o", capsize=3)
+        panel.axhline(0, color="0.2", linewidth=0.8)
+        panel.set(xlabel="η", ylabel=f"second difference of {name}", xticks=[0.25, 0.5, 0.75])
+
+    draw(["reward", "kl"], fill, path, (3.6, 3.2))
+
+
+def main():
+    arms = by_arm(read_results("ablations")["rows"])
+    for name, plot in {"fronts": plot_fronts, "contrasts": plot_contrasts, "grid": plot_grid,
+                       "curvature": plot_curvature}.items():  # fmt: skip
+        plot(arms, ROOT / "docs" / f"ablation_{name}.png")
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = path.read_text("utf-8")
+        path.write_text(filled(text), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

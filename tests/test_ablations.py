@@ -1,0 +1,122 @@
+"""The ablations train what the scripts train; their statistics against hand-made ones; documents show their results."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_reinforce
+import train_warp
+from benchmarks import ablations
+from rlhf_min.evaluation import load_task
+from rlhf_min.support.models import get_weights, set_weights
+from rlhf_min.support.options import parse_options
+from rlhf_min.support.parallel import ALONE
+
+documents = pytest.importorskip("benchmarks.documents", reason="needs scipy")
+SMALL = "--steps 2 --batch-size 4 --num-eval-prompts 4 --max-length 14 --seeds 2"
+
+
+@pytest.fixture
+def seed(in_world, tmp_path, monkeypatch):
+    """A repetition with runs of two steps, and the reward model of the world in place of one of its own."""
+    monkeypatch.setattr(
+        ablations.train_rm, "main", lambda flags: Path(flags[-1]).symlink_to(in_world / "runs/toy/reward_model")
+    )
+    (tmp_path / "seed-3").mkdir()
+    return ablations.Seed(3, parse_options(ablations.AblationOptions, [*SMALL.split(), "--out", str(tmp_path)]))
+
+
+def equal(a, b):
+    return all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_the_centre_is_what_train_warp_trains(seed):
+    """Also with other anchors, merges of anchors, longer first runs in the cache, and as plain REINFORCE."""
+    log = SimpleNamespace(team=ALONE, once=lambda _, make, *args: make(*args), step=lambda **line: None,
+                          progress=lambda _, steps, state: range(1, steps + 1))  # fmt: skip
+    seed.warp(1, 1, steps=4)
+    for changes in ({}, {"anchor": "sft"}, {"mu": 0.5, "beta": 0.3}):
+        found = seed.warp(**changes)
+        task = load_task(seed.options, torch.device("cpu"))
+        options = train_warp.WarpOptions(
+            **{name: getattr(seed.options, name) for name in vars(train_warp.WarpOptions())} | changes
+        )
+        _, merged, *_ = train_warp.train_warp(task, options, log)
+        assert equal(found, merged)
+    assert not equal(seed.warp(stream=1), seed.warp()) and not equal(seed.warp(kind="ema"), seed.warp())
+    expected = train_reinforce.ReinforceOptions(
+        **{name: getattr(seed.options, name) for name in ablations.SHARED}, steps=4, beta=0.3
+    )
+    set_weights(task.policy, seed.sft)
+    train_reinforce.train_policy(task, seed.sft, expected, log)
+    assert equal(seed.reinforce(4, 0.3), get_weights(task.policy))
+
+
+def test_runs_are_found_again(seed, monkeypatch):
+    """What has been trained is read, and the beginning of a longer run is a shorter run."""
+    longer = seed.warp(1, 2, steps=4)
+    monkeypatch.setattr(train_warp, "train_policy", None)
+    assert equal(seed.warp(1, 2, steps=4), longer) and not equal(seed.warp(1, 2), longer)
+    with pytest.raises(TypeError):
+        seed.warp(1, 2, mu=0.5)
+
+
+def test_every_group_has_its_arms(seed):
+    """The arms of the contrasts are all there; none is there twice."""
+    names = [name for group in ablations.GROUPS.values() for name in group(seed, 2)]
+    assert len(names) == len(set(names)) and {*ablations.CONTRASTS, ablations.CENTRE} <= set(names)
+
+
+def front(*points):
+    return [{"kl": kl, "gold": gold, "reward": 2 * gold, "fluency": 1.0} for kl, gold in points]
+
+
+def test_a_front_between_its_points():
+    """Between (1, .2) and (3, .6), 2 nats have .4; what a front does not reach is NaN."""
+    start, rows = front((0, 0.0))[0], front((1, 0.2), (3, 0.6))
+    assert [documents.at_kl(rows, start, kl, "gold") for kl in (0.5, 1, 2, 3)] == pytest.approx([0.1, 0.2, 0.4, 0.6])
+    assert math.isnan(documents.at_kl(rows, start, 3.1, "gold"))
+
+
+def test_intervals_and_corrections_by_hand():
+    """1, 2, 3: mean 2, error 1/√3, t = 4.303 at 2 degrees of freedom. Holm: .01 · 3, .02 · 2, then .04 · 1."""
+    mean, low, high, p = documents.t_interval([1.0, 2.0, 3.0])
+    assert (mean, low, high) == pytest.approx((2, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+    assert p == pytest.approx(1 - 2 * 3**0.5 / math.sqrt(14))  # two degrees of freedom: 1 − t/√(t² + 2), t² = 12
+    assert documents.holm({"a": 0.04, "b": 0.01, "c": 0.02}) == pytest.approx({"b": 0.03, "c": 0.04, "a": 0.04})
+    assert documents.holm({"a": 0.9, "b": 0.6}) == {"b": 1.0, "a": 1.0}
+
+
+def test_differences_are_paired_by_seed():
+    """Two seeds that differ by 1 from each other differ by .1 and .3 from their own centres; short fronts have none."""
+    rows = []
+    for seed, level in ((1, 0.0), (2, 1.0)):
+        for arm, gold in (("θ_sft", 0.0), ("centre", 0.2), ("M = 1", 0.3 if seed == 1 else 0.5)):
+            points = (
+                [(0, level)] if arm == "θ_sft" else [(1, level + gold), (1.5 if arm == "M = 1" else 3, level + gold)]
+            )
+            rows.append({"arm": arm, "seed": seed, "steps": 4, "front": front(*points)})
+    found = documents.contrasts(documents.by_arm(rows))
+    assert list(found) == [("M = 1", 1.0)] and found["M = 1", 1.0][0] == pytest.approx(0.2)
+    assert found["M = 1", 1.0][3] == found["M = 1", 1.0][4]  # one comparison needs no correction
+
+
+def test_documents_show_their_results():
+    """Every table of README and docs is the one that `python benchmarks/documents.py` would write."""
+    found = 0
+    for path in [documents.ROOT / "README.md", *(documents.ROOT / "docs").glob("*.md")]:
+        text = path.read_text("utf-8")
+        found += len(documents.BLOCK.findall(text))
+        assert documents.filled(text) == text, f"{path.name}: run python benchmarks/documents.py"
+    assert found >= 3
+    text = "<!-- results grid -->\n\nold\n\n<!-- end -->"
+    assert documents.filled(text) != text
+
+
+def test_results_name_what_made_them():
+    for path in (documents.ROOT / "docs/results").glob("*.json"):
+        assert {"command", "commits", "machine", "seeds", "rows"} <= json.loads(path.read_text("utf-8")).keys()

@@ -37,7 +37,7 @@ from rlhf_min import rollout
 from rlhf_min.evaluation import format_table
 from rlhf_min.lora import add_lora
 from rlhf_min.support import gpu_step, plots
-from rlhf_min.support.errors import UserError, first_line, one_line_errors
+from rlhf_min.support.errors import UserError, one_line_errors
 from rlhf_min.support.options import RunOptions, option, parse_options
 from rlhf_min.support.precision import autocast, resolve_device
 
@@ -173,9 +173,7 @@ def profile(options):
     row.build(options.out / "model")
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [] if options.device == "cpu" else [torch.profiler.ProfilerActivity.CUDA]
-    profiler = torch.profiler.profile(
-        activities=activities, schedule=torch.profiler.schedule(wait=2, warmup=1, active=1)
-    )
+    profiler = torch.profiler.profile(activities=activities)
 
     class Turns(speed.Turns):
         def __init__(self):
@@ -183,11 +181,14 @@ def profile(options):
 
         def pause(self):
             self.turns += 1
-            profiler.step()
-            if self.turns > 5:
+            if self.turns == 4:
+                profiler.start()
+            if self.turns == 5:
+                synchronize(options)
+                profiler.stop()
                 raise EOFError
 
-    with profiler, contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError):
         row.ours(options.out / "model", options, Turns())
     events = profiler.key_averages()
     by = "self_cpu_time_total" if options.device == "cpu" else "self_device_time_total"
@@ -249,7 +250,7 @@ def experiments(options):
 
 
 STAGES = {  # name: (what it does, its limit in seconds), in the order of their worth
-    "facts": (facts, 20),
+    "facts": (facts, 25),
     "right": (right, 70),
     "sampling": (speed_rows("sample-smollm2"), 70),
     "step": (speed_rows("step-gpt2-64"), 100),
@@ -257,8 +258,8 @@ STAGES = {  # name: (what it does, its limit in seconds), in the order of their 
     "precisions": (precisions, 110),
     "ablations": (ablations, 60),
     "lora": (speed_rows("lora-pass", "reward-lora"), 60),
-    "merge": (speed_rows("merge"), 15),
-    "nccl": (nccl, 10),
+    "merge": (speed_rows("merge"), 30),
+    "nccl": (nccl, 25),
     "experiments": (experiments, 540),
 }
 
@@ -322,7 +323,7 @@ def main(argv=None):
                     code = subprocess.run(command, stdout=log, stderr=log, timeout=min(limit * 1.5, left)).returncode
                     row["failed"] = f"exit code {code}; see log.txt" if code else None
                 except subprocess.TimeoutExpired as error:
-                    row["failed"] = first_line(error)[-60:]
+                    row["failed"] = f"stopped after {error.timeout:.0f} s"
         if row.get("failed"):
             with open(options.out / "results.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")

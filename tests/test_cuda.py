@@ -1,5 +1,6 @@
 """What only a GPU can show:  TEST_CUDA=1 pytest tests/test_cuda.py  (else tests/conftest.py hides every GPU)."""
 
+import functools
 import json
 
 import pytest
@@ -80,8 +81,9 @@ def test_padded_batches_have_finite_gradients(length, precision):
     assert all(parameter.grad.isfinite().all() for parameter in policy.parameters())
 
 
-def test_a_skipped_step_and_resume(in_world, tmp_path):
-    """float16 overflows in the first steps, which are skipped; a run that died goes on to its end."""
+def test_a_skipped_step_and_resume(in_world, tmp_path, monkeypatch):
+    """At a scale of 2²⁴ float16 overflows in the first steps, which are skipped; a run that died goes on to its end."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**24))
     flags = [*RUNS["fp16"][1].split(), "--device", "cuda", "--steps", "8", "--out", str(tmp_path / "run")]
     with disturbed(train_reinforce.RunLog, "step", 4, fail(Crash)), pytest.raises(Crash):
         train_reinforce.main(flags)

@@ -125,6 +125,23 @@ def small_policy(options, lora_r=0):
     return add_lora(policy, lora_r, 32.0) if lora_r else policy
 
 
+def length_of(options):
+    """Tokens of an answer."""
+    return 8 if options.toy else 128
+
+
+def sampling_turn(policy, options):
+    """A function that samples 64 answers of 128 tokens."""
+    count = 2 if options.toy else 64
+    prompts, uniform = [[5] * speed.PROMPT] * count, torch.rand(count, speed.PROMPT + length_of(options))
+
+    def turn():
+        with autocast(policy.device, options.precision):
+            rollout.sample(policy, prompts, uniform, speed.TEMPERATURE)
+
+    return turn
+
+
 def rms_norm(self, x):
     """LlamaRMSNorm in one kernel."""
     return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.variance_epsilon).to(x.dtype)
@@ -132,8 +149,7 @@ def rms_norm(self, x):
 
 def ablations(options):
     """Seconds to sample 64 × 128 tokens with one thing changed; the floor is reading the weights once a token."""
-    count, length = (2, 8) if options.toy else (64, 128)
-    prompts, patch = [[5] * speed.PROMPT] * count, contextlib.ExitStack()
+    patch = contextlib.ExitStack()
     variants = {
         "graph": {},
         "graph, LoRA r 16": {"lora_r": 16},
@@ -156,46 +172,48 @@ def ablations(options):
             if change.get("plain"):
                 patch.callback(setattr, gpu_step, "decode", gpu_step.decode)
                 gpu_step.decode = lambda *inputs: None
-            policy, uniform = small_policy(options, change.get("lora_r", 0)), torch.rand(count, speed.PROMPT + length)
-
-            def turn(policy=policy, uniform=uniform):
-                with autocast(policy.device, options.precision):
-                    rollout.sample(policy, prompts, uniform, speed.TEMPERATURE)
-
+            policy = small_policy(options, change.get("lora_r", 0))
+            turn = sampling_turn(policy, options)
             row = {"row": f"sample, {name}", "ours, s": seconds_of(turn, options, 3), "graph": speed.graph()}
             weights = sum(p.numel() for p in policy.parameters()) * (4 if options.precision == "fp32" else 2)
-            yield row | {"read per token, GB": weights / 1e9, "tokens": length}
+            yield row | {"read per token, GB": weights / 1e9, "tokens": length_of(options)}
 
 
 def profile(options):
-    """The kernels of a REINFORCE step of GPT-2 small, longest first."""
-    row = speed.ReinforceStep(speed.TINY if options.toy else speed.SMALL, 4 if options.toy else 64)
-    row.build(options.out / "model")
+    """The kernels of sampling with SmolLM2's shape, and those of a REINFORCE step of GPT-2 small, longest first."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [] if options.device == "cpu" else [torch.profiler.ProfilerActivity.CUDA]
-    profiler = torch.profiler.profile(activities=activities)
+    by = "self_cpu_time_total" if options.device == "cpu" else "self_device_time_total"
+    turn = sampling_turn(small_policy(options), options)
 
     class Turns(speed.Turns):
+        """The fourth turn is profiled, and the last."""
+
         def __init__(self):
-            self.turns = 0
+            self.turns, self.profiler = 0, torch.profiler.profile(activities=activities)
 
         def pause(self):
             self.turns += 1
+            synchronize(options)
             if self.turns == 4:
-                profiler.start()
+                self.profiler.start()
             if self.turns == 5:
-                synchronize(options)
-                profiler.stop()
+                self.profiler.stop()
                 raise EOFError
 
-    with contextlib.suppress(EOFError):
-        row.ours(options.out / "model", options, Turns())
-    events = profiler.key_averages()
-    by = "self_cpu_time_total" if options.device == "cpu" else "self_device_time_total"
-    (options.out / "profile.txt").write_text(events.table(sort_by=by, row_limit=40, max_name_column_width=80))
-    on_device = [event for event in events if event.self_device_time_total > 0]
-    yield {"row": "profile of a step", "kernels": sum(event.count for event in on_device),
-           "device, s": sum(event.self_device_time_total for event in on_device) / 1e6}  # fmt: skip
+    step = speed.ReinforceStep(speed.TINY if options.toy else speed.SMALL, 4 if options.toy else 64)
+    step.build(options.out / "model")
+    for name, work in {"sampling": lambda turns: turns.take(turn),
+                       "a step": lambda turns: step.ours(options.out / "model", options, turns)}.items():  # fmt: skip
+        turns = Turns()
+        with contextlib.suppress(EOFError):
+            work(turns)
+        events = turns.profiler.key_averages()
+        with open(options.out / "profile.txt", "a") as file:
+            file.write(f"{name}\n{events.table(sort_by=by, row_limit=40, max_name_column_width=80)}\n")
+        on_device = [event for event in events if event.self_device_time_total > 0]
+        yield {"row": f"profile of {name}", "kernels": sum(event.count for event in on_device),
+               "device, s": sum(event.self_device_time_total for event in on_device) / 1e6}  # fmt: skip
 
 
 def precisions(options):
@@ -253,8 +271,8 @@ STAGES = {  # name: (what it does, its limit in seconds), in the order of their 
     "facts": (facts, 25),
     "right": (right, 70),
     "sampling": (speed_rows("sample-smollm2"), 70),
+    "profile": (profile, 40),
     "step": (speed_rows("step-gpt2-64"), 100),
-    "profile": (profile, 25),
     "precisions": (precisions, 110),
     "ablations": (ablations, 60),
     "lora": (speed_rows("lora-pass", "reward-lora"), 60),

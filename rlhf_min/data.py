@@ -16,6 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from huggingface_hub import HfApi, constants
+
 from .support.errors import UserError, first_line
 from .support.files import whole
 
@@ -128,6 +130,8 @@ def _contents(source):
         if loader:
             rows = datasets.load_dataset(loader, data_files=source, split="train")
         else:
+            if not constants.HF_HUB_OFFLINE:
+                HfApi().dataset_info(name, timeout=5)  # load_dataset would retry for half a minute
             rows = datasets.load_dataset(name, split=split or "train")
     except ImportError:
         what = f"a {path.suffix} file needs" if loader else "no file, and a hub data set needs"

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -124,7 +125,7 @@ MISTAKES = [
     ("evaluate", "--num-prompts 13", "only 12 distinct prompts that no policy was trained on; lower --num-prompts"),
     ("rm", "--batch-size 500", "lower --batch-size"),
     # models
-    ("warp", "--policy owner/name", "owner/name cannot be loaded, from the hub: "),
+    ("warp", "--policy owner/name", "owner/name: no such folder, "),
     ("warp", "--policy empty", "empty: no config.json in it or in its model/"),
     ("warp", "--policy cut", "cut cannot be loaded: "),
     ("warp", "--policy bare", "bare cannot be loaded: "),
@@ -254,12 +255,22 @@ def test_what_only_the_run_finds_out_is_one_line_too(workplace, capfd, script, f
 
 
 @pytest.mark.parametrize("name", ["none", "./none", "/none", "runs/none", "a/b/none"])
-def test_a_missing_folder_is_no_hub_name(workplace, capfd, name):
-    """What cannot be a hub name is a missing folder, whichever model it should be."""
+def test_a_missing_folder_is_not_looked_for_on_the_hub(workplace, monkeypatch, capfd, name):
+    """What cannot be a hub name is a missing folder, whichever model it should be, and the hub is not asked."""
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("asked the hub"))
     flags = [("warp", "--policy"), ("reinforce", "--reward-model"), ("rm", "--base"), ("evaluate", "--policies")]
     for script, flag in [*flags, ("evaluate", "--judges j="), ("warp", "--judges j=")]:
         line = refusal(script, flag + name if "=" in flag else f"{flag} {name}", capfd)
         assert line.startswith(f"error: {name}: no such folder; name a run folder, a transformers folder or a hub name")
+
+
+def test_a_hub_that_does_not_answer_is_one_line_within_seconds(workplace, capfd, monkeypatch):
+    """Where nobody listens, a script says so within 10 seconds; transformers would retry for half a minute."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    assert "owner/name: no such folder" in refusal("rm", "--base owner/name", capfd)
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(

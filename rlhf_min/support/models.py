@@ -9,6 +9,7 @@ import inspect
 import os
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from torch import nn
 from transformers import AutoTokenizer
@@ -61,13 +62,18 @@ def base_of(adapter):
 def from_pretrained(auto_class, name, **kwargs):
     """auto_class.from_pretrained of a folder, of the hub's cache, or of the hub; UserError where that fails."""
     source = find_model(name)
-    there = Path(source).exists()
     try:
-        return auto_class.from_pretrained(source, local_files_only=there, trust_remote_code=False, **kwargs)
+        return auto_class.from_pretrained(source, local_files_only=True, trust_remote_code=False, **kwargs)
     except Exception as error:  # unreadable files raise a dozen kinds of exception, from OSError to RuntimeError
-        library = any(word in str(error) for word in ("sentencepiece", "SentencePiece", "tiktoken", "protobuf"))
-        why = "pip install sentencepiece protobuf" if library else first_line(error)
-        raise UserError(f"{name} cannot be loaded{'' if there else ', from the hub'}: {why}") from None
+        if Path(source).exists():
+            library = any(word in str(error) for word in ("sentencepiece", "SentencePiece", "tiktoken", "protobuf"))
+            why = "pip install sentencepiece protobuf" if library else first_line(error)
+            raise UserError(f"{name} cannot be loaded: {why}") from None
+    try:
+        huggingface_hub.HfApi().model_info(source, timeout=5)  # from_pretrained would retry for half a minute
+        return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
+    except Exception as error:
+        raise UserError(f"{name}: no such folder, nor in the hub's cache; the hub: {first_line(error)}") from None
 
 
 def load_tokenizer(name):

@@ -1,7 +1,7 @@
 """Exercise 8: the KL inside the objective. Check it with  python exercises/check.py 8
 
-REINFORCE should raise  E_{y~π}[ r(y) ] − β KL(π ‖ π_ref):  much reward, but not far from the reference. The usual way is
-to put the KL into the reward and to change nothing else.
+REINFORCE should raise  E_{y~π}[ r(y) ] − β KL(π ‖ π_ref):  much reward, but not far from the reference. The usual way
+is to put the KL into the reward and to change nothing else.
 """
 
 

@@ -1,7 +1,7 @@
 """Exercise 15: find the bug. Check it with  python exercises/check.py 15
 
-Ten short functions, and each has one wrong line. None of them raises an error: the training goes on, only worse, or the
-table says what is not so. The docstrings are true, and so are the names: a value should be what its name says. The lines
+Ten short functions, and each has one wrong line. None of them raises an error: the training goes on, only worse, or a
+table of results is wrong. You can trust the docstrings, and the names: a value should be what its name says. The lines
 of a function carry numbers. Put the number of the wrong line in place of each 0 in ANSWERS, at the end.
 """
 

@@ -12,8 +12,8 @@ reward
 and judges the policy (1−η) θ_sft + η θ. With β = 0 and η = 1 the reward rises from −.1 to 1.8, and the gold score
 *falls* from .05 to .00: the policy no longer writes reviews.
 
-Choose β and η. You pass if the gold score is at least .65 by two standard errors (mean − 2 · error ≥ .65) on 256 prompts
-that are held out for this exercise. Each try prints reward, gold and KL: look at all three before the next one.
+Choose β and η. You pass if the gold score is at least .65 by two standard errors (mean − 2 · error ≥ .65) on 256
+prompts that are held out for this exercise. Each try prints reward, gold and KL: look at all three before the next one.
 """
 
 BETA = None  # β ≥ 0, the weight of the KL

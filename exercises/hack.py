@@ -1,6 +1,5 @@
 """The training of exercise 16: REINFORCE in the embedded world at a high learning rate, then (1−η) θ_sft + η θ."""
 
-import torch
 from tqdm import tqdm
 
 import train_reinforce
@@ -24,10 +23,11 @@ class ProgressBar:
         """A metrics line, which nobody reads."""
 
 
-def answers_of_mixture(beta, eta, steps, held_out):
+def train_and_judge(beta, eta, steps=150, held_out=256):
     """judge_policy's columns of the policy (1−η) θ_sft + η θ, where θ was trained with the KL weight β.
 
-    The prompts are `held_out` prompts that stand behind the package's own held-out ones. No training here sees either.
+    The prompts are the `held_out` ones that come behind the package's own held-out prompts. No training here sees
+    either.
     """
     options = train_reinforce.ReinforceOptions(lr=3e-4, beta=beta, steps=steps, num_eval_prompts=2 * held_out)
     device = resolve_device(options)

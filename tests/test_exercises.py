@@ -1,0 +1,350 @@
+"""The exercises: an empty stub fails, a right solution passes, and the usual wrong ones get the feedback they need.
+
+The right solutions here are written in another style than the package's. Each wrong one is a right one with one mistake.
+"""
+
+import base64
+import contextlib
+import math
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "exercises"
+sys.path.insert(0, str(FOLDER))
+
+import check
+import checks
+import compare
+import ex15_find_the_bug as bugs
+
+# Right solutions; what a wrong one does otherwise is an argument with a default
+
+
+def pairwise_loss(w, l, m, sign=1, order=1, reduce=torch.mean, log_sigma=None, shapes=True):
+    if shapes and not (w.ndim == l.ndim == m.ndim == 1):
+        raise ValueError("shapes")
+    log_sigma = log_sigma or (lambda x: -torch.nn.functional.softplus(-x))
+    return -reduce(log_sigma(order * (w - l) - sign * m))
+
+
+def completion_mask(tokens, eos_id, extra=1, missing=None):
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, out in zip(tokens.tolist(), mask):
+        end = row.index(eos_id) + extra if eos_id in row else (len(row) if missing is None else missing)
+        out[:end] = True
+    return mask
+
+
+def answer_logprob(logits, tokens, mask, shift=1, first=0, normalise=True, reduce=lambda x, m: (x * m).sum(1)):
+    width = mask.shape[1]
+    start = tokens.shape[1] - width
+    scores = logits.softmax(2).log() if normalise else logits
+    columns = []
+    for t in range(first, width):
+        columns.append(scores[:, start + t - shift].gather(1, tokens[:, start + t : start + t + 1])[:, 0])
+    return reduce(torch.stack(columns, 1), mask[:, first:].double())
+
+
+def reinforce_loss(logprobs, advantage, mask, sign=-1, length=lambda mask: 1, batch=len, axis=1, replace=True):
+    kept = torch.where(mask, logprobs, torch.zeros_like(logprobs)) if replace else logprobs * mask
+    weights = advantage.detach()[:, None] if axis == 1 else advantage.detach()[None]
+    return sign * (weights * kept / length(mask)).sum() / batch(mask)
+
+
+def past_only_advantages(R, seen=0, window=None, start=None):
+    out = []
+    for step, row in enumerate(R):
+        past = R[: step + seen] if window is None else R[max(step - window, 0) : step]
+        out.append(row - (past.mean() if past.numel() else (R[0].mean() if start else 0.0)))
+    return torch.stack(out)
+
+
+def leave_one_out(R, count=lambda k: k - 1, axis=1):
+    R = R if axis == 1 else R.T
+    k = R.shape[1]
+    if k == 1:
+        raise ValueError("k")
+    others = (R @ (1 - torch.eye(k, dtype=R.dtype))) / count(k)
+    return R - others if axis == 1 else (R - others).T
+
+
+RIGHT_NAMES = {"k1": "nothing", "k2": "KL(π ‖ π_ref)", "k3": "KL(π_ref ‖ π)"}
+
+
+def kl_estimates(logp, ref_logp, order=1, half=2, s=-1, s2=None):
+    d = order * (logp - ref_logp)
+    return d, d.square() / half, torch.expm1(s * d) - (s if s2 is None else s2) * d
+
+
+def shaped_reward(r, logp, ref_logp, beta, sign=-1, kl=lambda d: d, detach=True):
+    kl = kl(logp - ref_logp)
+    return r + sign * beta * (kl.detach() if detach else kl)
+
+
+def ordinal_loss(w, l, allowed=lambda i, j: i > j, reduce=torch.mean):
+    K = w.shape[1]
+    joint = w.log_softmax(1)[:, :, None] + l.log_softmax(1)[:, None, :]  # (B, K, K) log p_w(i) p_l(j)
+    terms = [joint[:, i, j] for i in range(K) for j in range(K) if allowed(i, j)]
+    return -reduce(torch.logsumexp(torch.stack(terms), 0))
+
+
+def naive_ordinal_loss(w, l, epsilon=0.0):
+    above = torch.ones(w.shape[1], w.shape[1]).tril(-1).to(w.dtype)  # 1 where i > j
+    P = torch.einsum("bi,ij,bj->b", w.softmax(1), above, l.softmax(1))
+    return -(P + epsilon).log().mean()
+
+
+def infinite_ordinal_loss(w, l):
+    """log 0 = −∞ is filled in where i ≤ j."""
+    K = w.shape[1]
+    joint = w.log_softmax(1)[:, :, None] + l.log_softmax(1)[:, None, :]
+    return -joint.masked_fill(torch.ones(K, K).tril(-1) == 0, -math.inf).logsumexp(2).logsumexp(1).mean()
+
+
+def rating_mean_std(logits, first=1, power=0.5, naive=False):
+    p = torch.softmax(logits, 1)
+    k = torch.arange(logits.shape[1], dtype=logits.dtype).expand_as(p) + first
+    E = (k * p).sum(1)
+    square = (k * k * p).sum(1) - E * E if naive else ((k - E.view(-1, 1)).pow(2) * p).sum(1)
+    return E, square**power
+
+
+def bias_of_sigma_weight(logp, sigma, b, f=lambda s: 1 / (1 + s), sign=-1):
+    """−b ∇E[f], by autograd."""
+    z = logp.clone().requires_grad_()
+    mean = (z.softmax(0) * f(sigma)).sum()
+    return sign * b * torch.autograd.grad(mean, z)[0]
+
+
+def ema_update(ema, policy, mu, dtype=torch.float32, detach=True):
+    new = {}
+    for name in ema:
+        old, theta = ema[name].to(dtype), policy[name].to(dtype)
+        new[name] = old + mu * ((theta.detach() if detach else theta) - old)
+    return new
+
+
+def ema_in_place(ema, policy, mu):
+    for name in ema:
+        ema[name].mul_(1 - mu).add_(policy[name].detach(), alpha=mu)
+    return ema
+
+
+def slerp(a, b, lam, robust=True, opposite=True):
+    """In the plane of a's direction and what is orthogonal to it."""
+    lengths = a.norm() * b.norm()
+    cosine = torch.dot(a, b) / lengths
+    if robust and (lengths == 0 or cosine > 1 - 1e-6):
+        return a + lam * (b - a)
+    if opposite and cosine < -1 + 1e-9:
+        raise ValueError("opposite")
+    omega = cosine.acos()
+    return (torch.sin(omega - lam * omega) * a + torch.sin(lam * omega) * b) / omega.sin()
+
+
+def merge(init, policies, slerp, lam=lambda m: 1 / m, task=1.0, back=1.0):
+    steps = [policy - task * init for policy in policies]
+    m, delta = 1, steps[0]
+    while m < len(steps):
+        delta, m = slerp(delta, steps[m], lam(m + 1)), m + 1
+    return back * init + delta
+
+
+def merged_weight(W, A, B, alpha, transposed, scale=lambda alpha, r: alpha / r, respect=True, base=1.0):
+    change = torch.einsum("or,ri->oi", B, A) * scale(alpha, len(A))
+    return base * W + (change.t() if transposed and respect else change)
+
+
+def mean_change(adapters, alpha, count=len):
+    total = 0
+    for A, B in adapters:
+        total = total + alpha / A.shape[0] * B.mm(A)
+    return total / count(adapters)
+
+
+def crossed_mean_change(adapters, alpha):
+    A, B = (torch.stack(tensors).mean(0) for tensors in zip(*adapters))
+    return alpha / len(A) * B @ A
+
+
+LINES = {
+    "positions": 1, "reward_of_answer": 2, "sample_and_score": 4, "kl_of_next_token": 3, "rewards_by_prompt": 1,
+    "clip_gradients": 3, "new_adapter": 3, "front": 4, "split_pairs": 3, "mean_and_error": 4,
+}  # fmt: skip
+
+RIGHT = {
+    1: {"pairwise_loss": pairwise_loss},
+    2: {"completion_mask": completion_mask},
+    3: {"answer_logprob": answer_logprob},
+    4: {"reinforce_loss": reinforce_loss},
+    5: {"past_only_advantages": past_only_advantages},
+    6: {"leave_one_out": leave_one_out},
+    7: {"kl_estimates": kl_estimates, "GRADIENT_OF": RIGHT_NAMES},
+    8: {"shaped_reward": shaped_reward},
+    9: {"ordinal_loss": ordinal_loss},
+    10: {"rating_mean_std": rating_mean_std, "bias_of_sigma_weight": bias_of_sigma_weight},
+    11: {"ema_update": ema_update},
+    12: {"slerp": slerp},
+    13: {"merge": merge},
+    14: {"merged_weight": merged_weight, "mean_change": mean_change},
+    15: {"ANSWERS": LINES},
+}
+
+
+def answer(number, **changed):
+    """check.verdict on the right solution with some names changed."""
+    return check.verdict(number, SimpleNamespace(**(RIGHT[number] | changed)))
+
+
+@pytest.mark.parametrize("number", check.EXERCISES)
+def test_an_empty_stub_is_one_friendly_line(number, capsys):
+    with pytest.raises(SystemExit) as stop:
+        check.main([str(number)])
+    assert stop.value.code == 1
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert f"Exercise {number} is still empty" in out and check.EXERCISES[number][0] in out
+
+
+@pytest.mark.parametrize("number", RIGHT)
+def test_a_right_solution_of_another_style_passes(number):
+    right, text = answer(number)
+    assert right, text
+    assert check.EXERCISES[number][1] in text
+
+
+def changed(function, **arguments):
+    return lambda *args: function(*args, **arguments)
+
+
+logsigmoid_by_parts = lambda x: (1 / (1 + (-x).exp())).log()
+WRONG = [  # (exercise, function, wrong one, a word of the feedback)
+    (1, changed(pairwise_loss, sign=-1), "margin makes the loss smaller"),
+    (1, changed(pairwise_loss, sign=0), "does not depend on the margin"),
+    (1, changed(pairwise_loss, order=-1), "*worse* answer"),
+    (1, changed(pairwise_loss, reduce=torch.sum), "add up the batch"),
+    (1, changed(pairwise_loss, log_sigma=logsigmoid_by_parts), "∞ for large ones"),
+    (1, changed(pairwise_loss, log_sigma=lambda x: (x.sigmoid() + 1e-4).log()), "1e-3 where 1e-6 is due"),
+    (1, changed(pairwise_loss, shapes=False), "without a ValueError"),
+    (1, lambda w, l, m: pairwise_loss(w, l, m).item(), "a tensor is due"),
+    (1, lambda w, l, m: pairwise_loss(w.detach(), l, m), "cuts the graph"),
+    (2, changed(completion_mask, extra=0), "first EOS is missing"),
+    (2, lambda tokens, eos: tokens != eos, "its *place*"),
+    (2, changed(completion_mask, missing=0), "no token in your mask"),
+    (2, changed(completion_mask, missing=1), "place of a maximum"),
+    (2, lambda tokens, eos: torch.stack([completion_mask(r.flip(0)[None], eos, 0)[0].flip(0) for r in tokens]), "mask is"),
+    (2, lambda tokens, eos: completion_mask(tokens, eos).long(), "type is not"),
+    (3, changed(answer_logprob, shift=0), "*at* that token"),
+    (3, changed(answer_logprob, first=1), "first token of the answer"),
+    (3, changed(answer_logprob, normalise=False), "not normalised"),
+    (3, changed(answer_logprob, reduce=lambda x, m: x.sum(1)), "mask has no effect"),
+    (3, changed(answer_logprob, reduce=lambda x, m: (x * m).sum(1) / m.sum(1)), "mean over tokens"),
+    (3, lambda *args: -answer_logprob(*args), "sign is wrong"),
+    (3, lambda *args: answer_logprob(*args)[:, None], "shape (2, 1)"),
+    (4, changed(reinforce_loss, sign=1), "sign is wrong"),
+    (4, changed(reinforce_loss, batch=lambda mask: 1), "add up the batch"),
+    (4, changed(reinforce_loss, length=lambda mask: mask.sum(1, keepdim=True)), "answer's length"),
+    (4, changed(reinforce_loss, batch=torch.sum), "mean over tokens"),
+    (4, changed(reinforce_loss, axis=0), "wrong axis"),
+    (4, lambda logprobs, A, mask: reinforce_loss(logprobs, A, mask | True), "mask has no effect"),
+    (4, changed(reinforce_loss, replace=False), "0 · (−∞)"),
+    (4, lambda logprobs, A, mask: reinforce_loss(logprobs, A, mask) + 0.1 * A.sum(), "should be a constant"),
+    (5, changed(past_only_advantages, seen=1), "rewards of that step"),
+    (5, changed(past_only_advantages, window=1), "mean of the last step"),
+    (5, changed(past_only_advantages, start=True), "there is no past"),
+    (5, lambda R: R - R.mean(1, keepdim=True), "own batch"),
+    (5, lambda R: R - R.mean(), "future"),
+    (5, lambda R: R - past_only_advantages(R), "this is b"),
+    (6, changed(leave_one_out, axis=0), "*different* prompts"),
+    (6, changed(leave_one_out, count=lambda k: k), "how many do you divide"),
+    (6, lambda R: R - R.mean(1, keepdim=True), "own reward"),
+    (6, lambda R: (R - R.mean(1, keepdim=True)) / R.std(1, keepdim=True), "standard deviation"),
+    (6, lambda R: R - (R.sum() - R) / (R.numel() - 1), "whole batch"),
+    (6, lambda R: R - leave_one_out(R), "this is the baseline"),
+    (6, lambda R: R - (R.sum(1, keepdim=True) - R) / max(R.shape[1] - 1, 1), "k = 1 passes"),
+    (7, changed(kl_estimates, order=-1), "estimates −KL"),
+    (7, changed(kl_estimates, half=1), "twice too large"),
+    (7, changed(kl_estimates, s=1), "your sampler is the other distribution"),
+    (7, changed(kl_estimates, s2=1), "two different s"),
+    (7, lambda logp, ref: kl_estimates(logp.detach(), ref), "has no gradient"),
+    (8, changed(shaped_reward, sign=1), "pay the policy for leaving"),
+    (8, lambda r, logp, ref, beta: (r - (logp - ref)).detach(), "does not depend on β"),
+    (8, lambda r, logp, ref, beta: (r - beta * logp).detach(), "does not depend on the reference"),
+    (8, changed(shaped_reward, kl=torch.abs), "another objective"),
+    (8, changed(shaped_reward, kl=torch.mean), "mean KL"),
+    (8, changed(shaped_reward, kl=lambda d: torch.expm1(-d) + d), "k3 in the reward"),
+    (8, changed(shaped_reward, detach=False), "gradient flows through R"),
+    (9, changed(ordinal_loss, allowed=lambda i, j: i >= j), "ties i = j count"),
+    (9, changed(ordinal_loss, allowed=lambda i, j: i < j), "*worse* answer"),
+    (9, changed(ordinal_loss, reduce=torch.sum), "add up the batch"),
+    (9, naive_ordinal_loss, "∞ for ±60"),
+    (9, changed(naive_ordinal_loss, epsilon=1e-8), "ε is added"),
+    (9, infinite_ordinal_loss, "gradient is NaN"),
+    (10, changed(rating_mean_std, first=0), "begin at 0"),
+    (10, changed(rating_mean_std, power=1), "this is the variance"),
+    (10, changed(rating_mean_std, naive=True), "E[k²] − E²"),
+    (11, lambda ema, policy, mu: ema_update(ema, policy, 1 - mu), "wrong way round"),
+    (11, ema_in_place, "in place"),
+    (11, changed(ema_update, detach=False), "gradient flows"),
+    (11, lambda ema, policy, mu: {name: torch.lerp(ema[name], policy[name].detach(), mu) for name in ema}, "stands still"),
+    (11, lambda ema, policy, mu: policy, "the policy itself"),
+    (12, lambda a, b, lam: (1 - lam) * a + lam * b, "straight line"),
+    (12, lambda a, b, lam: slerp(a, b, 1 - lam), "wrong way round"),
+    (12, lambda a, b, lam: slerp(a / a.norm(), b / b.norm(), lam), "length is lost"),
+    (12, changed(slerp, robust=False), "NaN where"),
+    (12, changed(slerp, opposite=False), "opposite vectors pass"),
+    (13, changed(merge, task=0.0, back=0.0), "weights themselves"),
+    (13, changed(merge, back=0.0), "θ_init is missing"),
+    (13, changed(merge, lam=lambda m: 0.5), "½ at every fold"),
+    (13, changed(merge, lam=lambda m: 1 - 1 / m), "two thirds"),
+    (13, lambda init, policies, slerp: merge(init, policies[::-1], slerp), "last policy"),
+    (13, lambda init, policies, slerp: merge(init, policies[:2], slerp), "no part"),
+    (13, lambda init, policies, slerp: torch.stack(policies).mean(0), "mean of the task vectors"),
+    (14, changed(merged_weight, scale=lambda alpha, r: 1), "no scale"),
+    (14, changed(merged_weight, scale=lambda alpha, r: alpha), "your scale is α."),
+    (14, changed(merged_weight, respect=False), "wrong layout"),
+    (14, changed(merged_weight, base=0.0), "W is missing"),
+    (14, lambda W, *args: W.add_(merged_weight(W, *args) - W), "in place"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "wrong", "words"), WRONG, ids=[f"{n}-{words}" for n, _, words in WRONG])
+def test_a_wrong_solution_is_told_what_is_wrong(number, wrong, words):
+    first = next(iter(RIGHT[number]))  # the name of the exercise's (first) function
+    right, text = answer(number, **{first: wrong})
+    assert not right
+    assert words in text
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "wrong", "words"),
+    [
+        (7, "GRADIENT_OF", {"k1": "", "k2": "", "k3": ""}, "Now choose"),
+        (7, "GRADIENT_OF", RIGHT_NAMES | {"k1": "KL(π ‖ π_ref)"}, "your gradient does not depend on the reference"),
+        (7, "GRADIENT_OF", RIGHT_NAMES | {"k3": "KL(π ‖ π_ref)"}, "the expected gradient of k3"),
+        (10, "bias_of_sigma_weight", changed(bias_of_sigma_weight, sign=1), "sign is wrong"),
+        (10, "bias_of_sigma_weight", lambda logp, sigma, b: bias_of_sigma_weight(logp, sigma, 1.0), "depend on b"),
+        (10, "bias_of_sigma_weight", changed(bias_of_sigma_weight, f=lambda s: s), "weight is σ"),
+        (10, "bias_of_sigma_weight", changed(bias_of_sigma_weight, f=torch.ones_like), "your bias is 0"),
+        (14, "mean_change", crossed_mean_change, "pairs the B of one"),
+        (14, "mean_change", changed(mean_change, count=lambda adapters: 1), "add up the changes"),
+    ],
+)
+def test_a_wrong_second_part_is_told_what_is_wrong(number, name, wrong, words):
+    right, text = answer(number, **{name: wrong})
+    assert not right
+    assert words in text
+
+
+def test_every_wrong_solution_is_right_but_for_one_mistake():
+    """A check that says the same of everything would pass the tests above only with the same words."""
+    by_exercise = {}
+    for number, _, words in WRONG:
+        by_exercise.setdefault(number, set()).add(words)
+    assert all(len(words) >= 3 for words in by_exercise.values())
+    assert by_exercise.keys() == set(range(1, 15))

@@ -68,7 +68,7 @@ def check_2(x):
         ),
         (
             mask(lambda row, t: t <= (row.index(9) if 9 in row else 0)),
-            "an answer without EOS has one token in your mask. The place of a maximum is 0 where there is no EOS at all",
+            "an answer without EOS has one token in your mask. The place of a maximum is 0 where there is no EOS",
         ),
     ]
     got = x.completion_mask(torch.tensor(tokens), 9)
@@ -114,7 +114,8 @@ def check_3(x):
 
 def check_4(x):
     mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
-    A = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    A = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    advantage = A.clone().requires_grad_()
     logprobs = -numbers(3, 3).abs().masked_fill(~mask, 5.0).requires_grad_()
 
     def slopes(weight):  # weight(row, t) is ∂L/∂logprobs of a token that counts
@@ -128,7 +129,7 @@ def check_4(x):
         (slopes(lambda i, t: -A[i]), "you add up the batch. L is a mean over answers"),
         (
             slopes(lambda i, t: -A[i] / 3 / mask[i].sum()),
-            "you divide by an answer's length. A bad answer then costs less per token if it is long, so bad answers grow",
+            "you divide by an answer's length. Then a bad answer costs less per token if it is long: bad answers grow",
         ),
         (
             slopes(lambda i, t: -A[i] / mask.sum()),
@@ -148,8 +149,8 @@ def check_4(x):
             "your gradient does not depend on the advantage: every answer becomes more likely",
         ),
     ]
-    loss = x.reinforce_loss(logprobs, A, mask)
-    to_logprobs, to_advantage = gradient(loss, [logprobs, A])
+    loss = x.reinforce_loss(logprobs, advantage, mask)
+    to_logprobs, to_advantage = gradient(loss, [logprobs, advantage])
     same(to_logprobs, slopes(lambda i, t: -A[i] / 3), mistakes, "∂L/∂logprobs")
     same(to_advantage, torch.zeros(3), what="A should be a constant, but ∂L/∂A")
     infinite = logprobs.detach().masked_fill(~mask, -math.inf)
@@ -166,7 +167,7 @@ def check_5(x):
             return torch.stack([R[s] - baseline(s) for s in range(len(R))])
 
         right = minus(lambda s, R=R: R[:s].mean() if s else 0.0)
-        own = "your b of a step has seen the rewards of that step, so a reward is subtracted from itself. Use b, then update"
+        own = "your b has seen the rewards of its own step, so they are subtracted from themselves. Use b, then update"
         mistakes = [
             (minus(lambda s, R=R: R[: s + 1].mean()), own),
             (
@@ -200,7 +201,6 @@ def check_6(x):
             table(lambda i, j: R[i, j] - R[i].mean()),
             "an answer's own reward is in its baseline: that shrinks the gradient",
         ),
-        (table(lambda i, j: R[j, i] - sum(others(j, i)) / 2).T * -1, "the sign is wrong"),
         (
             table(lambda i, j: R[i, j] - sum(R[n, j] for n in range(3) if n != i) / 2),
             "you compare answers to *different* prompts. A row is a prompt",
@@ -212,7 +212,7 @@ def check_6(x):
         (table(lambda i, j: R[i, j] - sum(others(i, j)) / 3), "you add up k − 1 rewards. By how many do you divide?"),
         (
             table(lambda i, j: (R[i, j] - R[i].mean()) / R[i].std()),
-            "you divide by the standard deviation. Then prompts whose answers hardly differ count as much as the others",
+            "you divide by the standard deviation. Then prompts whose answers hardly differ count as much as others",
         ),
         (table(lambda i, j: sum(others(i, j)) / 2), "this is the baseline. R − b is due"),
     ]

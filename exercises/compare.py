@@ -22,7 +22,7 @@ def same(got, right, mistakes=(), what="your result"):
         if close(got, value):
             raise NotYet(hint)
     text = f"{what} is {show(got)}, and {show(right)} is due."
-    error = (got.detach() - right).abs().max()
+    error = (got.detach().double() - right).abs().max()
     if not error.isfinite():
         raise NotYet(f"{text} Look for log 0, 0/0, 0 · ∞ or ∞ − ∞")
     if error < 0.02:

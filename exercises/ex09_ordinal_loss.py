@@ -1,7 +1,8 @@
 """Exercise 9: a loss for ratings. Check it with  python exercises/check.py 9
 
 This reward model does not give an answer one number. It gives it a distribution over the ratings 1, ..., K, as
-softmax of K logits. Draw a rating i for the better answer w, and a rating j for the worse answer l. How likely is i > j?
+softmax of K logits. Draw a rating i for the better answer w, and a rating j for the worse answer l. How likely is
+i > j?
 """
 
 

@@ -4,15 +4,19 @@ The right solutions here are written in another style than the package's. Each w
 """
 
 import base64
-import contextlib
+import inspect
 import math
-import random
+import re
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributions import Categorical, kl_divergence
+
+from rlhf_min import warp
 
 FOLDER = Path(__file__).resolve().parents[1] / "exercises"
 sys.path.insert(0, str(FOLDER))
@@ -341,10 +345,233 @@ def test_a_wrong_second_part_is_told_what_is_wrong(number, name, wrong, words):
     assert words in text
 
 
-def test_every_wrong_solution_is_right_but_for_one_mistake():
-    """A check that says the same of everything would pass the tests above only with the same words."""
-    by_exercise = {}
-    for number, _, words in WRONG:
-        by_exercise.setdefault(number, set()).add(words)
-    assert all(len(words) >= 3 for words in by_exercise.values())
-    assert by_exercise.keys() == set(range(1, 15))
+# 15: find the bug
+
+
+REPAIRED = {  # the wrong line of each function, as it should be
+    "positions": "counted = attention_mask.long()",
+    "reward_of_answer": "last = attention_mask.sum(-1) - 1",
+    "sample_and_score": "logprob = (logits / temperature).log_softmax(-1)[token]",
+    "kl_of_next_token": "weights = logp.exp()",
+    "rewards_by_prompt": "batch = [prompt for prompt in prompts for _ in range(k)]",
+    "clip_gradients": "factor = min(1.0, max_norm / norm)",
+    "new_adapter": "B = torch.zeros(n_out, r)",
+    "front": "theta = (1 - eta) * sft + eta * merged",
+    "split_pairs": "training = [pair for pair in pairs if pair['prompt'] not in held_out_prompts]",
+    "mean_and_error": "error = math.sqrt(variance / n)",
+}
+
+
+def repaired(name):
+    """The function with its wrong line replaced, the others as they are."""
+    lines = inspect.getsource(getattr(bugs, name)).splitlines()
+    (place,) = [i for i, line in enumerate(lines) if re.search(rf"  # {LINES[name]}(:|$)", line)]
+    indent = re.match(" *", lines[place])[0]
+    lines[place] = indent + REPAIRED[name]
+    scope = {"torch": torch, "math": math}
+    exec("\n".join(lines), scope)
+    return scope[name]
+
+
+def behaviour(name, function):
+    """Numbers that show what the function does, on an input that tells the bug from the repair."""
+    x = compare.numbers(2, 4)
+    mask = torch.tensor([[False, True, True, True], [True, True, True, True]])
+    if name == "positions":
+        return function(mask)[mask].tolist()
+    if name == "reward_of_answer":
+        return function(x, mask.flip(1)).tolist()
+    if name == "sample_and_score":
+        return [float(value) for value in function(x[0], 0.5, torch.tensor([0.3], dtype=torch.float64))]
+    if name == "kl_of_next_token":
+        return function(x, compare.numbers(2, 4, seed=1)).tolist()
+    if name == "rewards_by_prompt":
+        return function([1.0, 2.0], 3, lambda prompt: prompt, lambda prompt, text: prompt * text).tolist()
+    if name == "clip_gradients":
+        return [value.tolist() for value in function([x, x], 1000.0)] + [v.norm().item() for v in function([x], 0.1)]
+    if name == "new_adapter":
+        A, B = function(6, 5, 2)
+        return [A.shape, B.shape, bool((A != 0).all()), bool(A.abs().max() <= 6**-0.5), (B @ A).abs().max().item()]
+    if name == "front":
+        return [theta.tolist() for theta in function(x[0], x[1], (0.25, 0.5, 1.0))]
+    if name == "split_pairs":
+        return [[pair["prompt"] for pair in part] for part in function([{"prompt": p} for p in "abacab"], 1)]
+    return list(function([1.0, 2.0, 6.0, 3.0]))
+
+
+def expected_behaviour(name):
+    """The same numbers from a source that is not the function: by hand, from torch, or from the package."""
+    x, y = compare.numbers(2, 4), compare.numbers(2, 4, seed=1)
+    if name == "positions":
+        return [0, 1, 2, 0, 1, 2, 3]
+    if name == "reward_of_answer":
+        return [x[0, 2].item(), x[1, 3].item()]
+    if name == "sample_and_score":
+        p = (2 * x[0]).softmax(0).tolist()
+        token = next(i for i in range(4) if sum(p[: i + 1]) > 0.3)
+        return [token, pytest.approx(math.log(p[token]))]
+    if name == "kl_of_next_token":
+        return pytest.approx([kl_divergence(Categorical(logits=a), Categorical(logits=b)).item() for a, b in zip(x, y)])
+    if name == "rewards_by_prompt":
+        return [[1.0] * 3, [4.0] * 3]
+    if name == "clip_gradients":
+        return [x.tolist(), x.tolist(), pytest.approx(0.1)]
+    if name == "new_adapter":
+        return [(2, 6), (5, 2), True, True, 0.0]
+    if name == "front":
+        return [
+            pytest.approx(warp.interpolate({"w": x[0]}, {"w": x[1]}, eta)["w"].tolist()) for eta in (0.25, 0.5, 1.0)
+        ]
+    if name == "split_pairs":
+        return [["b", "c", "b"], ["a", "a", "a"]]
+    return [3.0, pytest.approx(statistics.stdev([1.0, 2.0, 6.0, 3.0]) / 2)]
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_each_of_the_ten_functions_has_exactly_that_bug(name):
+    """As it stands a function is wrong; with the one line replaced it is right."""
+    assert behaviour(name, repaired(name)) == expected_behaviour(name)
+    assert behaviour(name, getattr(bugs, name)) != expected_behaviour(name)
+
+
+def test_find_the_bug_says_which_lines_are_right():
+    right, text = answer(15)
+    assert right
+    assert text.count("\n  ") == 10 and text.count(", right. ") == 10
+    right, text = answer(15, ANSWERS=LINES | {"front": 5, "positions": 0})
+    assert not right
+    assert (
+        "8 of 10 are found" in text and "front: line 5, that line does" in text and "positions: no answer yet" in text
+    )
+    assert "⅝" not in text  # the sentence about front is not given away
+
+
+def test_the_answers_to_find_the_bug_are_hidden():
+    """Neither the lines nor the sentences can be read at a glance, and each sentence says more than a few words."""
+    hidden = (FOLDER / "ex15_answers.txt").read_text(encoding="utf-8").splitlines()
+    assert len(hidden) == 11
+    for line, name in zip(hidden[1:], LINES):
+        words = line.split()
+        assert words[0] == name and len(words) == 2
+        assert len(base64.b64decode(words[1]).decode().split()) > 15
+
+
+# 16: stop the hack
+
+
+def columns(gold, spread, kl, n=256):
+    """Judged answers whose gold has that mean and a standard error of spread / 16, but for 1/n."""
+    half = [gold - spread, gold + spread] * (n // 2)
+    return {"reward": [1.0] * n, "gold": half, "kl": [kl] * n}
+
+
+@pytest.mark.parametrize(
+    ("gold", "spread", "kl", "words"),
+    [
+        (0.70, 0.32, 2.0, "above .65 by two standard errors"),  # .70 − 2 · .32/16 = .66
+        (0.68, 0.32, 2.0, "may be luck"),  # .68 − .04 = .64
+        (0.10, 0.32, 45.0, "KL is high"),
+        (0.40, 0.32, 0.5, "KL is low"),
+    ],
+)
+def test_stop_the_hack_wants_two_standard_errors(monkeypatch, gold, spread, kl, words):
+    import hack
+
+    tries = []
+    monkeypatch.setattr(
+        hack, "train_and_judge", lambda beta, eta: tries.append((beta, eta)) or columns(gold, spread, kl)
+    )
+    right, text = check.verdict(16, SimpleNamespace(BETA=0.25, ETA=0.5))
+    assert right == (words == "above .65 by two standard errors")
+    assert words in text and f"gold {gold:.2f} ± 0.02" in text
+    assert tries == [(0.25, 0.5)]
+
+
+@pytest.mark.parametrize(("beta", "eta"), [(-0.1, 0.5), (0.1, 1.5)])
+def test_stop_the_hack_refuses_numbers_out_of_range(beta, eta):
+    right, text = check.verdict(16, SimpleNamespace(BETA=beta, ETA=eta))
+    assert not right and "at least 0" in text
+
+
+def test_stop_the_hack_trains_and_judges_on_prompts_of_its_own(in_world):
+    """Two steps in a small world. η = 0 is θ_sft, at a KL of 0, and its prompts are nobody else's."""
+    import hack
+    from rlhf_min.evaluation import load_task
+    from rlhf_min.support.precision import resolve_device
+    from train_reinforce import ReinforceOptions
+
+    after = hack.train_and_judge(beta=0.1, eta=1.0, steps=2, held_out=20)
+    before = hack.train_and_judge(beta=0.1, eta=0.0, steps=2, held_out=20)
+    assert max(map(abs, before["kl"])) == 0 and max(after["kl"]) > 0
+    assert before["prompt"] == after["prompt"] and len(set(after["prompt"])) == len(after["gold"]) == 20
+    options = ReinforceOptions(num_eval_prompts=40)
+    task = load_task(options, resolve_device(options))
+    assert not {prompt.text for prompt in task.prompts} & {*after["prompt"]}
+    options.num_eval_prompts = 20  # what the scripts hold out
+    assert not {prompt.text for prompt in load_task(options, resolve_device(options)).eval_prompts} & {*after["prompt"]}
+
+
+# The command
+
+
+def test_errors_in_a_solution_are_one_line_with_their_place(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ex06_leave_one_out.py").write_text(
+        "def leave_one_out(rewards):\n    return rewards - reward.mean(1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ex06_leave_one_out", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        check.main(["6"])
+    assert stop.value.code == 1
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert "NameError in line 2 of ex06_leave_one_out.py, `return rewards - reward.mean(1)`" in out
+    monkeypatch.delitem(sys.modules, "ex06_leave_one_out")
+
+
+def test_a_file_that_python_cannot_read_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ex06_leave_one_out.py").write_text("def leave_one_out(rewards:\n    return rewards\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ex06_leave_one_out", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        check.main(["6"])
+    assert stop.value.code == 2
+    assert "exercises/ex06_leave_one_out.py cannot be read: SyntaxError" in capsys.readouterr().err
+
+
+def test_a_defect_of_a_check_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(checks, "check_6", lambda module: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        answer(6)
+
+
+@pytest.mark.parametrize("words", [["0"], ["17"], ["one"], ["1", "2"]])
+def test_a_wrong_number_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        check.main(words)
+    assert stop.value.code == 2
+    assert "N from 1 to 16" in capsys.readouterr().err
+
+
+def test_without_a_number_all_but_the_last_are_checked(monkeypatch, capsys):
+    monkeypatch.setattr(check, "load", lambda number: SimpleNamespace(**RIGHT[number]))
+    with pytest.raises(SystemExit) as stop:
+        check.main([])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.count(" is right.") == 15
+
+
+def test_rounding_is_told_from_a_bug():
+    """1e-7 passes, 1e-3 is named, and so are NaN and another shape."""
+    right = torch.tensor([1.0, -2.0])
+    compare.same(right + 1e-7, right)
+    for got, words in ((right + 1e-3, "rounding is 1e-7"), (right / 0, "Look for log 0"), (right[:1], "has the shape")):
+        with pytest.raises(compare.NotYet, match=words):
+            compare.same(got, right)
+
+
+def test_the_table_of_the_exercises_names_all_of_them():
+    table = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for number, (file, _) in check.EXERCISES.items():
+        assert f"| {number} | [`{file}.py`]({file}.py) |" in table
+        assert (FOLDER / f"{file}.py").exists()

@@ -1,6 +1,6 @@
 """The exercises: an empty stub fails, a right solution passes, and the usual wrong ones get the feedback they need.
 
-The right solutions here are written in another style than the package's. Each wrong one is a right one with one mistake.
+The right solutions are written in another style than the package's. Each wrong one is a right one with one mistake.
 """
 
 import base64
@@ -12,28 +12,28 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exercises"))
+
+import check
+import checks
+import compare
+import ex15_find_the_bug as bugs
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
 from rlhf_min import warp
 
-FOLDER = Path(__file__).resolve().parents[1] / "exercises"
-sys.path.insert(0, str(FOLDER))
-
-import check
-import checks
-import compare
-import ex15_find_the_bug as bugs
+FOLDER = Path(check.__file__).parent
 
 # Right solutions; what a wrong one does otherwise is an argument with a default
 
 
-def pairwise_loss(w, l, m, sign=1, order=1, reduce=torch.mean, log_sigma=None, shapes=True):
-    if shapes and not (w.ndim == l.ndim == m.ndim == 1):
+def pairwise_loss(w, v, m, sign=1, order=1, reduce=torch.mean, log_sigma=None, shapes=True):
+    if shapes and not (w.ndim == v.ndim == m.ndim == 1):
         raise ValueError("shapes")
     log_sigma = log_sigma or (lambda x: -torch.nn.functional.softplus(-x))
-    return -reduce(log_sigma(order * (w - l) - sign * m))
+    return -reduce(log_sigma(order * (w - v) - sign * m))
 
 
 def completion_mask(tokens, eos_id, extra=1, missing=None):
@@ -90,23 +90,23 @@ def shaped_reward(r, logp, ref_logp, beta, sign=-1, kl=lambda d: d, detach=True)
     return r + sign * beta * (kl.detach() if detach else kl)
 
 
-def ordinal_loss(w, l, allowed=lambda i, j: i > j, reduce=torch.mean):
+def ordinal_loss(w, v, allowed=lambda i, j: i > j, reduce=torch.mean):
     K = w.shape[1]
-    joint = w.log_softmax(1)[:, :, None] + l.log_softmax(1)[:, None, :]  # (B, K, K) log p_w(i) p_l(j)
+    joint = w.log_softmax(1)[:, :, None] + v.log_softmax(1)[:, None, :]  # (B, K, K) log p_w(i) p_l(j)
     terms = [joint[:, i, j] for i in range(K) for j in range(K) if allowed(i, j)]
     return -reduce(torch.logsumexp(torch.stack(terms), 0))
 
 
-def naive_ordinal_loss(w, l, epsilon=0.0):
+def naive_ordinal_loss(w, v, epsilon=0.0):
     above = torch.ones(w.shape[1], w.shape[1]).tril(-1).to(w.dtype)  # 1 where i > j
-    P = torch.einsum("bi,ij,bj->b", w.softmax(1), above, l.softmax(1))
+    P = torch.einsum("bi,ij,bj->b", w.softmax(1), above, v.softmax(1))
     return -(P + epsilon).log().mean()
 
 
-def infinite_ordinal_loss(w, l):
+def infinite_ordinal_loss(w, v):
     """log 0 = −∞ is filled in where i ≤ j."""
     K = w.shape[1]
-    joint = w.log_softmax(1)[:, :, None] + l.log_softmax(1)[:, None, :]
+    joint = w.log_softmax(1)[:, :, None] + v.log_softmax(1)[:, None, :]
     return -joint.masked_fill(torch.ones(K, K).tril(-1) == 0, -math.inf).logsumexp(2).logsumexp(1).mean()
 
 
@@ -235,13 +235,13 @@ WRONG = [  # (exercise, function, wrong one, a word of the feedback)
     (1, changed(pairwise_loss, log_sigma=logsigmoid_by_parts), "∞ for large ones"),
     (1, changed(pairwise_loss, log_sigma=lambda x: (x.sigmoid() + 1e-4).log()), "1e-3 where 1e-6 is due"),
     (1, changed(pairwise_loss, shapes=False), "without a ValueError"),
-    (1, lambda w, l, m: pairwise_loss(w, l, m).item(), "a tensor is due"),
-    (1, lambda w, l, m: pairwise_loss(w.detach(), l, m), "cuts the graph"),
+    (1, lambda w, v, m: pairwise_loss(w, v, m).item(), "a tensor is due"),
+    (1, lambda w, v, m: pairwise_loss(w.detach(), v, m), "cuts the graph"),
     (2, changed(completion_mask, extra=0), "first EOS is missing"),
     (2, lambda tokens, eos: tokens != eos, "its *place*"),
     (2, changed(completion_mask, missing=0), "no token in your mask"),
     (2, changed(completion_mask, missing=1), "place of a maximum"),
-    (2, lambda tokens, eos: torch.stack([completion_mask(r.flip(0)[None], eos, 0)[0].flip(0) for r in tokens]), "mask is"),
+    (2, lambda tokens, eos: torch.ones_like(tokens) > 0, "mask is"),
     (2, lambda tokens, eos: completion_mask(tokens, eos).long(), "type is not"),
     (3, changed(answer_logprob, shift=0), "*at* that token"),
     (3, changed(answer_logprob, first=1), "first token of the answer"),
@@ -295,7 +295,7 @@ WRONG = [  # (exercise, function, wrong one, a word of the feedback)
     (11, lambda ema, policy, mu: ema_update(ema, policy, 1 - mu), "wrong way round"),
     (11, ema_in_place, "in place"),
     (11, changed(ema_update, detach=False), "gradient flows"),
-    (11, lambda ema, policy, mu: {name: torch.lerp(ema[name], policy[name].detach(), mu) for name in ema}, "stands still"),
+    (11, lambda ema, policy, mu: {"w": torch.lerp(ema["w"], policy["w"].detach(), mu)}, "stands still"),
     (11, lambda ema, policy, mu: policy, "the policy itself"),
     (12, lambda a, b, lam: (1 - lam) * a + lam * b, "straight line"),
     (12, lambda a, b, lam: slerp(a, b, 1 - lam), "wrong way round"),
@@ -496,6 +496,7 @@ def test_stop_the_hack_refuses_numbers_out_of_range(beta, eta):
 def test_stop_the_hack_trains_and_judges_on_prompts_of_its_own(in_world):
     """Two steps in a small world. η = 0 is θ_sft, at a KL of 0, and its prompts are nobody else's."""
     import hack
+
     from rlhf_min.evaluation import load_task
     from rlhf_min.support.precision import resolve_device
     from train_reinforce import ReinforceOptions
@@ -526,7 +527,7 @@ def test_errors_in_a_solution_are_one_line_with_their_place(tmp_path, monkeypatc
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert "NameError in line 2 of ex06_leave_one_out.py, `return rewards - reward.mean(1)`" in out
-    monkeypatch.delitem(sys.modules, "ex06_leave_one_out")
+    del sys.modules["ex06_leave_one_out"]
 
 
 def test_a_file_that_python_cannot_read_is_one_line(tmp_path, monkeypatch, capsys):

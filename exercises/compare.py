@@ -11,7 +11,7 @@ class NotYet(Exception):
 
 def same(got, right, mistakes=(), what="your result"):
     """NotYet unless `got` is `right` up to rounding. mistakes: [(a usual wrong value, what to think about)]."""
-    right = torch.as_tensor(right, dtype=torch.float64)
+    right = torch.as_tensor(right, dtype=torch.float64).detach()
     if not isinstance(got, torch.Tensor):
         raise NotYet(f"{what} is a {type(got).__name__}; a tensor is due")
     if got.shape != right.shape:

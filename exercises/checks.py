@@ -258,9 +258,9 @@ def check_7(x):
 
 
 def check_8(x):
-    reward, ref_logp = numbers(4), -numbers(4, seed=1).abs()
-    logp = (-3 * numbers(4, seed=2).abs()).requires_grad_()
-    d = (logp - ref_logp).detach()
+    reward, logp = numbers(4), (-3 * numbers(4, seed=1).abs()).requires_grad_()
+    d = torch.tensor([1.0, -2.0, 0.5, -0.25], dtype=torch.float64)  # of either sign, as for single answers
+    ref_logp = logp.detach() - d
     right = reward - 0.3 * d
     positive = "you made the KL of every answer positive. Only its *mean* is never negative: this is another objective"
     mistakes = [
@@ -314,8 +314,7 @@ def check_9(x):
     mistakes += [(n * math.log(10), epsilon) for n in range(5, 21)]  # −log 1e-5, ..., −log 1e-20
     same(got, exact, mistakes, "for logits of ±60, your loss")
     yours, right = gradient(got, [wrong])[0], gradient(exact, [wrong])[0]
-    hint = "for ±60 the loss is right, but its gradient is NaN. Does a logsumexp see −∞ = log 0? Leave that term out"
-    same(yours.nan_to_num(nan=math.inf), right, [(torch.full_like(yours, math.inf), hint)], "for ±60, the gradient")
+    same(yours, right, what="for ±60, the gradient")
 
 
 def check_10(x):

@@ -103,13 +103,6 @@ def naive_ordinal_loss(w, v, epsilon=0.0):
     return -(P + epsilon).log().mean()
 
 
-def infinite_ordinal_loss(w, v):
-    """log 0 = −∞ is filled in where i ≤ j."""
-    K = w.shape[1]
-    joint = w.log_softmax(1)[:, :, None] + v.log_softmax(1)[:, None, :]
-    return -joint.masked_fill(torch.ones(K, K).tril(-1) == 0, -math.inf).logsumexp(2).logsumexp(1).mean()
-
-
 def rating_mean_std(logits, first=1, power=0.5, naive=False):
     p = torch.softmax(logits, 1)
     k = torch.arange(logits.shape[1], dtype=logits.dtype).expand_as(p) + first
@@ -258,7 +251,7 @@ WRONG = [  # (exercise, function, wrong one, a word of the feedback)
     (4, lambda logprobs, A, mask: reinforce_loss(logprobs, A, mask | True), "mask has no effect"),
     (4, changed(reinforce_loss, replace=False), "0 · (−∞)"),
     (4, lambda logprobs, A, mask: reinforce_loss(logprobs, A, mask) + 0.1 * A.sum(), "should be a constant"),
-    (5, changed(past_only_advantages, seen=1), "rewards of that step"),
+    (5, changed(past_only_advantages, seen=1), "rewards of its own step"),
     (5, changed(past_only_advantages, window=1), "mean of the last step"),
     (5, changed(past_only_advantages, start=True), "there is no past"),
     (5, lambda R: R - R.mean(1, keepdim=True), "own batch"),
@@ -288,7 +281,6 @@ WRONG = [  # (exercise, function, wrong one, a word of the feedback)
     (9, changed(ordinal_loss, reduce=torch.sum), "add up the batch"),
     (9, naive_ordinal_loss, "∞ for ±60"),
     (9, changed(naive_ordinal_loss, epsilon=1e-8), "ε is added"),
-    (9, infinite_ordinal_loss, "gradient is NaN"),
     (10, changed(rating_mean_std, first=0), "begin at 0"),
     (10, changed(rating_mean_std, power=1), "this is the variance"),
     (10, changed(rating_mean_std, naive=True), "E[k²] − E²"),

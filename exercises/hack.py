@@ -17,7 +17,7 @@ class ProgressBar:
     team = parallel.ALONE
 
     def progress(self, title, steps, state):
-        return tqdm(range(1, steps + 1), desc=title)
+        return tqdm(range(1, steps + 1), desc=title, disable=None)
 
     def step(self, **metrics):
         """A metrics line, which nobody reads."""

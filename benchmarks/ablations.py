@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import transformers
 
 import train_reinforce
 import train_rm
@@ -228,6 +230,20 @@ def work(job):
     print(f"{group}, seed {number}: done", flush=True)
 
 
+def collect(out):
+    """<out>/results.json: the rows of all groups and seeds that are done; copy it to docs/results/ablations.json."""
+    results = [read_json(path) for group in GROUPS for path in sorted(out.glob(f"{group}-*.json"))]
+    rows = [row for result in results for row in result["rows"]]
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    head = {"command": "python benchmarks/ablations.py " + " ".join(sys.argv[1:]),
+            "commits": sorted({result["commit"] for result in results}),
+            "machine": f"{platform.machine()}, {versions}, one thread a run",
+            "seeds": sorted({row["seed"] for row in rows})}  # fmt: skip
+    lines = [json.dumps(json.loads(json.dumps(row), parse_float=lambda x: round(float(x), 4))) for row in rows]
+    text = json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n"  # a line a row
+    (out / "results.json").write_text(text, "utf-8")
+
+
 @one_line_errors
 def main(argv=None):
     options = parse_options(AblationOptions, argv)
@@ -238,9 +254,7 @@ def main(argv=None):
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         for _ in pool.imap(work, jobs):
             pass
-    results = [read_json(path) for path in sorted(Path(options.out).glob("*-*.json"))]
-    rows = [row for result in results for row in result["rows"]]
-    write_json(Path(options.out) / "results.json", {"commits": sorted({r["commit"] for r in results}), "rows": rows})
+    collect(Path(options.out))
 
 
 if __name__ == "__main__":

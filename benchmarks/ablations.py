@@ -230,18 +230,17 @@ def work(job):
     print(f"{group}, seed {number}: done", flush=True)
 
 
-def collect(out):
-    """<out>/results.json: the rows of all groups and seeds that are done; copy it to docs/results/ablations.json."""
-    results = [read_json(path) for group in GROUPS for path in sorted(out.glob(f"{group}-*.json"))]
+def save_results(options, results):
+    """<out>/results.json, a line a row, from [{"commit", "rows"}]; a copy of it belongs into docs/results/."""
     rows = [row for result in results for row in result["rows"]]
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    head = {"command": "python benchmarks/ablations.py " + " ".join(sys.argv[1:]),
+    head = {"command": f"python {options.script} " + " ".join(sys.argv[1:]),
             "commits": sorted({result["commit"] for result in results}),
             "machine": f"{platform.machine()}, {versions}, one thread a run",
             "seeds": sorted({row["seed"] for row in rows})}  # fmt: skip
     lines = [json.dumps(json.loads(json.dumps(row), parse_float=lambda x: round(float(x), 4))) for row in rows]
-    text = json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n"  # a line a row
-    (out / "results.json").write_text(text, "utf-8")
+    text = json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n"
+    (Path(options.out) / "results.json").write_text(text, "utf-8")
 
 
 @one_line_errors
@@ -254,7 +253,8 @@ def main(argv=None):
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         for _ in pool.imap(work, jobs):
             pass
-    collect(Path(options.out))
+    files = [file for group in GROUPS for file in sorted(Path(options.out).glob(f"{group}-*.json"))]
+    save_results(options, [read_json(file) for file in files])
 
 
 if __name__ == "__main__":

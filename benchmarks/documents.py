@@ -123,9 +123,8 @@ def differences():
         row = {"arm": arm}
         for target in NATS:
             key = f"gold at {target:g}, arm − centre"
-            row[key], row[f"{key}_low"], row[f"{key}_high"], _, row[f"p at {target:g}"] = tested.get(
-                (arm, target), NOTHING
-            )
+            mean, low, high, _, p = tested.get((arm, target), NOTHING)
+            row |= {key: mean, f"{key}_low": low, f"{key}_high": high, f"p at {target:g}": p}
         rows.append(row)
     return format_table(rows)
 
@@ -160,14 +159,12 @@ def plot_fronts(arms, path):
 
     def points(fronts, name):
         """Means of x and y and the errors of y, a value for each point of the fronts."""
-        x, (y, error) = (
-            [mean_se(kl)[0] for kl in zip(*column(fronts, "kl"))],
-            zip(*map(mean_se, zip(*column(fronts, name)))),
-        )
+        x = [mean_se(kl)[0] for kl in zip(*column(fronts, "kl"))]
+        y, error = zip(*(mean_se(values) for values in zip(*column(fronts, name))))
         return x, y, error
 
     def fill(panel, name):
-        for arm in (CENTRE, "M = 4", "I = 3", "no anchor"):
+        for arm in (CENTRE, "anchor θ_sft", "M = 4", "μ = 0.1", "no anchor"):
             x, y, error = points([[a, *row["front"]] for a, row in zip(start, arms[arm].values())], name)
             panel.plot(x, y, "o-", markersize=3, label="WARP, the centre" if arm == CENTRE else arm)
             panel.fill_between(x, [a - b for a, b in zip(y, error)], [a + b for a, b in zip(y, error)], alpha=0.2)

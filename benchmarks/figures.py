@@ -70,7 +70,7 @@ def tensors():
             panel.add_patch(Rectangle((j, -i), 0.94, 0.86, color=colors[kind]))
             panel.text(j + 0.47, 0.43 - i, token, ha="center", va="center", color="0.6" if kind == "pad" else "0.1")
     panel.plot([prompt - 0.03] * 2, [-1.1, 1.0], color="0.3")
-    for j in range(prompt, 8):
+    for j in range(prompt, 7):
         panel.annotate("", (j + 0.45, 0.9), (j - 0.55, 0.9),
                        arrowprops={"arrowstyle": "->", "color": "C3", "connectionstyle": "arc3,rad=-0.5"})  # fmt: skip
     panel.text(6, 1.45, "the logits at t − 1 score token t", color="C3", ha="center")

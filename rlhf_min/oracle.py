@@ -1,0 +1,281 @@
+"""What is your loss the gradient of? An exact answer, without a model and without noise.
+
+    python -m rlhf_min.oracle package.module:function [--beta 0.1]
+
+The function is your loss. It is called as a training step would call it, on B answers of at most T tokens:
+
+    function(logprobs, ref_logprobs, reward, mask)      (B, T), (B, T), (B,), bool (B, T)
+
+`logprobs` are log π(y_t | y_<t) and carry a graph; `ref_logprobs` are those of the fixed reference π_ref; `mask` is
+True up to and including the first EOS, the token that ends an answer. The function returns a scalar; or a number per
+answer (B,), of which we take the mean; or a number per token (B, T), which we first sum over the tokens.
+
+The idea is *enumeration*. Our policy has two words and EOS, and an answer has at most two tokens. So there are seven
+answers, and we know the probability of each. In training, answers are drawn, and a step −∇L is noise around a mean. Here
+we call the loss on *every* batch of two answers, 7² of them, and weigh each step with the probability of its batch. The
+weighted sum is the expected step −E[∇L]. Nothing in it is sampled, so it is exact up to float64's rounding. We compare
+it with the gradient of what RLHF wants to climb,
+
+    J = E[r] − β KL(π ‖ π_ref)
+
+and with the gradients of other known quantities. The policy is a table of logits with a row for every beginning of an
+answer. So it can be any distribution over the seven answers, and two different quantities hardly ever have the same
+gradient. In your own tests:
+
+    from rlhf_min.oracle import examine
+
+    def test_my_loss():
+        report = examine(my_loss, beta=0.1)
+        assert not report.faults, report
+"""
+
+import argparse
+import itertools
+from types import SimpleNamespace
+
+import torch
+
+from .reward_model import import_function
+from .support.errors import UserError, one_line_errors
+
+
+def all_answers(words, length):
+    """Every answer of at most `length` tokens, sorted. Tokens 0..words−1 are words, and token `words` is EOS."""
+    beginnings = [y for n in range(length + 1) for y in itertools.product(range(words), repeat=n)]
+    return sorted([*y, words] if len(y) < length else [*y] for y in beginnings)
+
+
+def all_batches(probability, size):
+    """Every batch of `size` of N answers, as indices (N^size, size), and its probability (N^size,)."""
+    batches = torch.cartesian_prod(*[torch.arange(len(probability))] * size)
+    return batches, probability[batches].prod(-1)
+
+
+class World:
+    """All N answers of at most two tokens, T = 2 + pads, with their log-probs, rewards and probabilities.
+
+    The policy is a table of logits with a row for each of S prefixes; D = S · (words + 1). Answers are sampled at
+    `temperature` and scored at temperature 1. r = scale · (random numbers) + shift.
+    """
+
+    def __init__(self, words=2, pads=0, temperature=1.0, scale=1.0, shift=0.0, ref_seed=1):
+        answers = all_answers(words, length=2)
+        prefixes = [(), *[(word,) for word in range(words)]]
+        width = 2 + pads  # T
+        self.mask = torch.tensor([[t < len(y) for t in range(width)] for y in answers])  # (N, T)
+        tokens = torch.tensor([y + [words] * (width - len(y)) for y in answers])  # (N, T)
+        rows = torch.tensor([[prefixes.index((*y[:t],)) if t < len(y) else 0 for t in range(width)] for y in answers])
+
+        def score(logits, pad=0.0):  # (S, V) → (N, T); what stands behind EOS means nothing, so it can be any number
+            return logits.log_softmax(-1)[rows, tokens].masked_fill(~self.mask, pad)
+
+        policy, reference = torch.Generator().manual_seed(0), torch.Generator().manual_seed(ref_seed)
+        size = len(prefixes), words + 1
+        self.logits = torch.randn(size, generator=policy, dtype=torch.float64, requires_grad=True)  # (S, V)
+        self.logprobs = score(self.logits, pad=-1.7)  # (N, T)
+        self.ref_logprobs = score(torch.randn(size, generator=reference, dtype=torch.float64), pad=-0.4)  # (N, T)
+        self.slopes = torch.func.jacrev(score)(self.logits.detach()).flatten(2)  # (N, T, D) ∂ logprobs / ∂ logits
+        self.probability = score(self.logits.detach() / temperature).sum(-1).exp()  # (N,)
+        self.reward = scale * torch.randn(len(answers), generator=policy, dtype=torch.float64) + shift  # (N,)
+        self.ends = tokens.eq(words) & self.mask  # (N, T) True on EOS
+
+
+def call(loss, logprobs, ref_logprobs, reward, mask):
+    """The loss of a batch as a scalar, and its gradient by the log-probs (B, T). UserError if it is no finite loss."""
+    logprobs = logprobs.detach().requires_grad_()
+    value = loss(logprobs, ref_logprobs, reward, mask)
+    if not isinstance(value, torch.Tensor) or value.shape not in {(), mask.shape[:1], mask.shape}:
+        raise UserError("the loss must return a tensor: a scalar, (B,) or (B, T)")
+    value = (value.sum(-1) if value.dim() == 2 else value).mean()
+    slope = torch.autograd.grad(value, logprobs)[0] if value.requires_grad else torch.zeros_like(logprobs)
+    if not (value.isfinite() and slope.isfinite().all()):
+        raise UserError("the loss is not finite; does it divide by the spread of the rewards, which may be 0?")
+    return value.detach(), slope
+
+
+def run(loss, world, size=2):
+    """The loss on all N^B batches of B = `size` answers.
+
+    Returns the probability of each batch (N^B,), its step −∇L (N^B, D), its loss (N^B,), and of each token of each
+    answer whether its log-prob had a gradient in any batch (N, T).
+    """
+    batches, probability = all_batches(world.probability, size)
+    data = world.logprobs, world.ref_logprobs, world.reward, world.mask
+    values, slopes = zip(*[call(loss, *[column[batch] for column in data]) for batch in batches])
+    slopes = torch.stack(slopes)  # (N^B, B, T) ∂L / ∂ logprobs
+    steps = -torch.einsum("nbt,nbtd->nd", slopes, world.slopes[batches])
+    total = torch.zeros(world.mask.shape).double().index_add(0, batches.flatten(), slopes.abs().flatten(0, 1))  # (N, T)
+    return probability, steps, torch.stack(values), total > 1e-12
+
+
+def known_quantities(world, temperature):
+    """{name: scalar}: what a step may climb or descend. Each is a sum over all answers, for autograd to differentiate.
+
+    d = log π(y) − log π_ref(y); `length` is that of y; a d inside E[...] is a constant, like a detached reward. The
+    `token` KLs are sums of the KLs of the next-token distributions, where the prefixes are constants: a token is not
+    charged for the KL of what comes after it. They are k2 and k3 per token, which have these gradients.
+    """
+    d_t = (world.logprobs - world.ref_logprobs).masked_fill(~world.mask, 0.0)  # (N, T)
+    logp, d = world.logprobs.masked_fill(~world.mask, 0.0).sum(-1), d_t.sum(-1)  # (N,)
+    p, r, length, constant = logp.exp(), world.reward, world.mask.sum(-1), d.detach()  # (N,)
+    known = {
+        "E[r]": p @ r,
+        "KL(π‖ref)": p @ d,
+        "KL(ref‖π)": (logp - d).detach().exp() @ -d,
+        "H(π)": -p @ logp,
+        "token KL(π‖ref)": p.detach() @ (d_t**2 / 2).sum(-1),
+        "token KL(ref‖π)": p.detach() @ (torch.exp(-d_t) - 1 + d_t).sum(-1),
+        "χ²(π‖ref)": p @ d.exp() - 1,
+        "E[d²]": p @ constant**2,
+        "E[r / length]": p @ (r / length),
+        "E[d / length]": p @ (constant / length),
+    }
+    if temperature != 1:  # answers come from another policy s
+        known["E_s[r log π]"] = world.probability @ (r * logp)
+        known["KL(s‖π)"] = world.probability @ (world.probability.log() - logp)
+    return known
+
+
+def same(a, b):
+    """Whether two tensors agree up to rounding."""
+    return bool((a - b).norm() <= 1e-9 * (1 + b.norm()))
+
+
+def name_step(step, gradients):
+    """{name: factor} of at most two of {name: gradient} whose sum is the step, {} for a step of 0; None if none fit."""
+    names, columns = list(gradients), torch.stack(list(gradients.values()), dim=1)  # (D, names)
+    for count in range(3):
+        for picks in itertools.combinations(range(len(names)), count):
+            factors = torch.linalg.lstsq(columns[:, picks], step[:, None]).solution  # (count, 1)
+            if same((columns[:, picks] @ factors)[:, 0], step):
+                return {names[i]: round(factor, 8) for i, factor in zip(picks, factors[:, 0].tolist())}
+    return None
+
+
+def formula(terms):
+    """What name_step found, as text, e.g. E[r] − 0.1 KL(π‖ref)."""
+    if terms is None:
+        return "something without a name"
+    signed = [f"{'−+'[factor > 0]} {abs(factor):.4g} {name}".replace(" 1 ", " ") for name, factor in terms.items()]
+    return " ".join(signed).removeprefix("+ ") or "nothing"
+
+
+class Report(SimpleNamespace):
+    """What `examine` found. Its attributes are the lines of the screen that str() gives."""
+
+    def __str__(self):
+        lines = []
+        for name, value in vars(self).items():
+            text = formula(value) if isinstance(value, dict | None) else f"{value:.6f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+            lines.append(f"{name.replace('_', ' '):<24}{text}")
+        return "\n".join(lines[:-1] + [f"WRONG: {'; '.join(self.faults)}" if self.faults else "RIGHT: it climbs J"])
+
+
+def examine(loss, beta=0.1, temperature=1.0):
+    """The Report on a loss of (logprobs, ref_logprobs, reward, mask), which is meant to climb J = E[r] − β KL(π‖π_ref).
+
+        reward_term, kl_term    what the expected step climbs: because of the rewards, and with all rewards at 0
+        cosine, length          of the expected step, against ∇J; a negative cosine goes downhill
+        variance                of a step, per answer: B E‖step − E[step]‖² / ‖∇J‖²
+        value, value_variance   the loss itself: its expectation, and B times its variance
+        value_is                the known quantity that has this expectation, which the loss then estimates
+        trained_words, _eos     the share of them whose log-prob has a gradient; it should be 1
+        trained_pads            the same; it should be 0
+        sees_reference          whether π_ref changes the loss at all
+        depends_on_padding      whether wider padding changes the expected step
+        depends_on_constant     whether a constant added to all rewards does; if so, a baseline does, too
+        batch_growth            the reward term's length with 3 answers a batch, over that with 2; it should be 1
+        linear_in_reward        whether two times the rewards have two times the effect
+
+    `temperature`: answers are sampled at this temperature, and scored at 1.
+    """
+    world = World(temperature=temperature)
+    known = known_quantities(world, temperature)
+    gradients = {name: torch.autograd.grad(known[name], world.logits, retain_graph=True)[0].flatten() for name in known}
+    exact = gradients["E[r]"] - beta * gradients["KL(π‖ref)"]  # (D,) ∇J
+    probability, steps, values, trained = run(loss, world)
+    step, value = probability @ steps, probability @ values
+
+    reward_free = World(temperature=temperature, scale=0.0)
+    kl_probability, kl_steps, *_ = run(loss, reward_free)
+    kl_step = kl_probability @ kl_steps  # (D,)
+    values_named = [name for name in known if same(known[name], value)]
+
+    def share(tokens):
+        return trained[tokens].double().mean().item()
+
+    report = Report(
+        reward_term=name_step(step - kl_step, gradients),
+        kl_term=name_step(kl_step, gradients),
+        cosine=torch.cosine_similarity(step, exact, dim=0).item(),
+        length=(step.norm() / exact.norm()).item(),
+        variance=2 * (probability @ (steps - step).square().sum(-1) / exact.norm() ** 2).item(),
+        value=value.item(),
+        value_variance=2 * (probability @ (values - value).square()).item(),
+        value_is=next(iter(values_named), "nothing known"),
+        trained_words=share(world.mask & ~world.ends),
+        trained_eos=share(world.ends),
+        trained_pads=share(~world.mask),
+        **dependences(loss, temperature),
+    )
+    report.faults = find_faults(report, beta)
+    return report
+
+
+def dependences(loss, temperature):
+    """The rest of the Report: what changes the expected step, in a world of one word, whose answers are only three."""
+
+    def outcome(size=2, **change):
+        probability, steps, values, _ = run(loss, World(words=1, temperature=temperature, **change), size)
+        return probability @ steps, steps, values
+
+    step, *plain = outcome()
+    double, triple, none = (outcome(scale=scale)[0] for scale in (2.0, 3.0, 0.0))
+    three = outcome(size=3)[0]
+    growth = (three - outcome(size=3, scale=0.0)[0]).norm() / (step - none).norm()
+    return {
+        "sees_reference": not all(map(same, plain, outcome(ref_seed=2)[1:])),
+        "depends_on_padding": not same(outcome(pads=2)[0], step),
+        "depends_on_constant": not same(outcome(shift=5.0)[0], step),
+        "linear_in_reward": same(triple - double, double - step),
+        "depends_on_batch_size": not same(three, step),
+        "batch_growth": growth.item(),
+    }
+
+
+def find_faults(report, beta):
+    """Why a loss does not train J, a sentence each; [] if it does."""
+    kl_target = {"KL(π‖ref)": round(-beta, 8)} if beta else {}
+    factor = (report.reward_term or {}).get("E[r]", 0.0)
+    multiple = report.reward_term == {"E[r]": factor}
+    multiple &= report.kl_term == {name: round(factor * c, 8) for name, c in kl_target.items()}
+    drops = "has gradient zero" if report.sees_reference else "is missing: the loss never sees the reference"
+    climbs = f"climbs {formula(report.kl_term)}, not {formula(kl_target)}" if report.kl_term else f"{drops}"
+    growth = {1.5: ", as it is a sum", 1.3333: ", as the baseline includes the answer's own reward"}
+    sentences = {
+        f"the step is {factor:.4g} ∇J" + (", the wrong sign" if factor < 0 else ""): multiple and factor != 1,
+        f"the reward term climbs {formula(report.reward_term)}, not E[r]": not multiple and report.reward_term != {"E[r]": 1},
+        f"the KL term {climbs}": not multiple and report.kl_term != kl_target,
+        "some words are not trained": report.trained_words < 1,
+        "EOS is not always trained": report.trained_eos < 1,
+        "pads are trained": report.trained_pads > 0,
+        "wider padding changes the step": report.depends_on_padding,
+        "a constant added to the rewards changes the step, and so does a baseline": report.depends_on_constant,
+        "the step is not linear in the rewards: it divides them by their spread, or clips": not report.linear_in_reward,
+        "the step depends on the batch size" + growth.get(round(report.batch_growth, 4), ""): report.depends_on_batch_size,
+    }
+    return [sentence for sentence, applies in sentences.items() if applies]
+
+
+@one_line_errors
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m rlhf_min.oracle", description="What is your loss the gradient of?")
+    parser.add_argument("loss", help="package.module:function of (logprobs, ref_logprobs, reward, mask)")
+    parser.add_argument("--beta", type=float, default=0.1, help="the weight of the KL that the loss is meant to have")
+    parser.add_argument("--temperature", type=float, default=1.0, help="the sampler's; log-probs are those at 1")
+    options = parser.parse_args(arguments)
+    print(examine(import_function(options.loss.replace(":", ".")), options.beta, options.temperature))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,16 +11,16 @@ True up to and including the first EOS, the token that ends an answer. The funct
 answer (B,), of which we take the mean; or a number per token (B, T), which we first sum over the tokens.
 
 The idea is *enumeration*. Our policy has two words and EOS, and an answer has at most two tokens. So there are seven
-answers, and we know the probability of each. In training, answers are drawn, and a step −∇L is noise around a mean. Here
-we call the loss on *every* batch of two answers, 7² of them, and weigh each step with the probability of its batch. The
-weighted sum is the expected step −E[∇L]. Nothing in it is sampled, so it is exact up to float64's rounding. We compare
-it with the gradient of what RLHF wants to climb,
+answers, and we know the probability of each. In training, answers are drawn, and a step −∇L is noise around a mean.
+Here we call the loss on *every* batch of two answers, 7² of them, and weigh each step with the probability of its
+batch. The weighted sum is the expected step −E[∇L]. Nothing in it is sampled, so it is exact up to float64's rounding.
+We compare it with the gradient of what RLHF wants to climb,
 
     J = E[r] − β KL(π ‖ π_ref)
 
 and with the gradients of other known quantities. The policy is a table of logits with a row for every beginning of an
-answer. So it can be any distribution over the seven answers, and two different quantities hardly ever have the same
-gradient. In your own tests:
+answer. So it can become any distribution over the seven answers, and different quantities have different gradients. In
+your own tests:
 
     from rlhf_min.oracle import examine
 
@@ -54,30 +54,29 @@ def all_batches(probability, size):
 class World:
     """All N answers of at most two tokens, T = 2 + pads, with their log-probs, rewards and probabilities.
 
-    The policy is a table of logits with a row for each of S prefixes; D = S · (words + 1). Answers are sampled at
-    `temperature` and scored at temperature 1. r = scale · (random numbers) + shift.
+    The policy is a table of logits with a row for each of S prefixes and a column for each of V tokens; D = S · V.
+    Answers are sampled at `temperature` and scored at temperature 1. r = scale · (random numbers) + shift.
     """
 
     def __init__(self, words=2, pads=0, temperature=1.0, scale=1.0, shift=0.0, ref_seed=1):
-        answers = all_answers(words, length=2)
-        prefixes = [(), *[(word,) for word in range(words)]]
-        width = 2 + pads  # T
+        answers, width = all_answers(words, length=2), 2 + pads
         self.mask = torch.tensor([[t < len(y) for t in range(width)] for y in answers])  # (N, T)
-        tokens = torch.tensor([y + [words] * (width - len(y)) for y in answers])  # (N, T)
-        rows = torch.tensor([[prefixes.index((*y[:t],)) if t < len(y) else 0 for t in range(width)] for y in answers])
+        tokens = torch.tensor([y + [words] * (width - len(y)) for y in answers])  # (N, T) padded with EOS
+        self.ends = tokens.eq(words) & self.mask  # (N, T) True on EOS
+        rows = torch.zeros_like(tokens)  # (N, T) the first token is drawn from row 0,
+        rows[:, 1] = 1 + tokens[:, 0]  # the second from the row of the first
 
         def score(logits, pad=0.0):  # (S, V) → (N, T); what stands behind EOS means nothing, so it can be any number
             return logits.log_softmax(-1)[rows, tokens].masked_fill(~self.mask, pad)
 
         policy, reference = torch.Generator().manual_seed(0), torch.Generator().manual_seed(ref_seed)
-        size = len(prefixes), words + 1
+        size = words + 2, words + 1  # S, V
         self.logits = torch.randn(size, generator=policy, dtype=torch.float64, requires_grad=True)  # (S, V)
         self.logprobs = score(self.logits, pad=-1.7)  # (N, T)
         self.ref_logprobs = score(torch.randn(size, generator=reference, dtype=torch.float64), pad=-0.4)  # (N, T)
         self.slopes = torch.func.jacrev(score)(self.logits.detach()).flatten(2)  # (N, T, D) ∂ logprobs / ∂ logits
         self.probability = score(self.logits.detach() / temperature).sum(-1).exp()  # (N,)
         self.reward = scale * torch.randn(len(answers), generator=policy, dtype=torch.float64) + shift  # (N,)
-        self.ends = tokens.eq(words) & self.mask  # (N, T) True on EOS
 
 
 def call(loss, logprobs, ref_logprobs, reward, mask):
@@ -161,49 +160,39 @@ def formula(terms):
 
 
 class Report(SimpleNamespace):
-    """What `examine` found. Its attributes are the lines of the screen that str() gives."""
+    """What `examine` found. str() gives one screen: a line for each attribute, and the verdict."""
 
     def __str__(self):
         lines = []
         for name, value in vars(self).items():
-            text = formula(value) if isinstance(value, dict | None) else f"{value:.6f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
-            lines.append(f"{name.replace('_', ' '):<24}{text}")
-        return "\n".join(lines[:-1] + [f"WRONG: {'; '.join(self.faults)}" if self.faults else "RIGHT: it climbs J"])
+            text = formula(value) if isinstance(value, dict | None) else value
+            lines.append(f"{name:22}{round(text, 6) if isinstance(text, float) else text}")
+        verdict = "WRONG: " + "; ".join(self.faults) if self.faults else "RIGHT: the step climbs J"
+        return "\n".join([*lines[:-1], verdict])  # the last attribute is `faults`
 
 
 def examine(loss, beta=0.1, temperature=1.0):
     """The Report on a loss of (logprobs, ref_logprobs, reward, mask), which is meant to climb J = E[r] − β KL(π‖π_ref).
 
         reward_term, kl_term    what the expected step climbs: because of the rewards, and with all rewards at 0
-        cosine, length          of the expected step, against ∇J; a negative cosine goes downhill
+        cosine, length          of the expected step against ∇J; a negative cosine goes downhill
         variance                of a step, per answer: B E‖step − E[step]‖² / ‖∇J‖²
-        value, value_variance   the loss itself: its expectation, and B times its variance
-        value_is                the known quantity that has this expectation, which the loss then estimates
+        value, value_variance   the loss itself, as an estimate: its expectation, and B times its variance
+        value_is                the known quantities with this expectation
         trained_words, _eos     the share of them whose log-prob has a gradient; it should be 1
         trained_pads            the same; it should be 0
-        sees_reference          whether π_ref changes the loss at all
-        depends_on_padding      whether wider padding changes the expected step
-        depends_on_constant     whether a constant added to all rewards does; if so, a baseline does, too
-        batch_growth            the reward term's length with 3 answers a batch, over that with 2; it should be 1
-        linear_in_reward        whether two times the rewards have two times the effect
 
-    `temperature`: answers are sampled at this temperature, and scored at 1.
+    and those of `dependences`. `temperature` is the sampler's; the log-probs are those at temperature 1.
     """
     world = World(temperature=temperature)
     known = known_quantities(world, temperature)
-    gradients = {name: torch.autograd.grad(known[name], world.logits, retain_graph=True)[0].flatten() for name in known}
+    slopes = [torch.autograd.grad(scalar, world.logits, retain_graph=True)[0].flatten() for scalar in known.values()]
+    gradients = dict(zip(known, slopes))
     exact = gradients["E[r]"] - beta * gradients["KL(π‖ref)"]  # (D,) ∇J
     probability, steps, values, trained = run(loss, world)
     step, value = probability @ steps, probability @ values
-
-    reward_free = World(temperature=temperature, scale=0.0)
-    kl_probability, kl_steps, *_ = run(loss, reward_free)
-    kl_step = kl_probability @ kl_steps  # (D,)
-    values_named = [name for name in known if same(known[name], value)]
-
-    def share(tokens):
-        return trained[tokens].double().mean().item()
-
+    kl_step = probability @ run(loss, World(temperature=temperature, scale=0.0))[1]  # (D,)
+    share = lambda tokens: trained[tokens].double().mean().item()
     report = Report(
         reward_term=name_step(step - kl_step, gradients),
         kl_term=name_step(kl_step, gradients),
@@ -212,7 +201,7 @@ def examine(loss, beta=0.1, temperature=1.0):
         variance=2 * (probability @ (steps - step).square().sum(-1) / exact.norm() ** 2).item(),
         value=value.item(),
         value_variance=2 * (probability @ (values - value).square()).item(),
-        value_is=next(iter(values_named), "nothing known"),
+        value_is=", ".join(name for name in known if same(known[name], value)),
         trained_words=share(world.mask & ~world.ends),
         trained_eos=share(world.ends),
         trained_pads=share(~world.mask),
@@ -223,46 +212,54 @@ def examine(loss, beta=0.1, temperature=1.0):
 
 
 def dependences(loss, temperature):
-    """The rest of the Report: what changes the expected step, in a world of one word, whose answers are only three."""
+    """The rest of the Report: what changes the expected step, in a world of one word, whose answers are only three.
+
+    sees_reference          whether π_ref changes the loss at all
+    padding_matters         whether wider padding changes the expected step
+    constant_matters        whether a constant added to all rewards does; if so, a baseline does, too
+    reward_is_linear        whether the expected step is linear in the rewards
+    batch_size_matters      whether it is another one with three answers a batch instead of two
+    batch_growth            how many times as long it is with three
+    """
 
     def outcome(size=2, **change):
         probability, steps, values, _ = run(loss, World(words=1, temperature=temperature, **change), size)
         return probability @ steps, steps, values
 
-    step, *plain = outcome()
-    double, triple, none = (outcome(scale=scale)[0] for scale in (2.0, 3.0, 0.0))
-    three = outcome(size=3)[0]
-    growth = (three - outcome(size=3, scale=0.0)[0]).norm() / (step - none).norm()
+    step, *noise = outcome()
+    double, triple, three = outcome(scale=2.0)[0], outcome(scale=3.0)[0], outcome(size=3)[0]
     return {
-        "sees_reference": not all(map(same, plain, outcome(ref_seed=2)[1:])),
-        "depends_on_padding": not same(outcome(pads=2)[0], step),
-        "depends_on_constant": not same(outcome(shift=5.0)[0], step),
-        "linear_in_reward": same(triple - double, double - step),
-        "depends_on_batch_size": not same(three, step),
-        "batch_growth": growth.item(),
+        "sees_reference": not all(map(same, outcome(ref_seed=2)[1:], noise)),
+        "padding_matters": not same(outcome(pads=2)[0], step),
+        "constant_matters": not same(outcome(shift=5.0)[0], step),
+        "reward_is_linear": same(triple - double, double - step),
+        "batch_size_matters": not same(three, step),
+        "batch_growth": (three.norm() / step.norm()).item(),
     }
 
 
 def find_faults(report, beta):
     """Why a loss does not train J, a sentence each; [] if it does."""
-    kl_target = {"KL(π‖ref)": round(-beta, 8)} if beta else {}
+    kl_target = {"KL(π‖ref)": -beta} if beta else {}
     factor = (report.reward_term or {}).get("E[r]", 0.0)
-    multiple = report.reward_term == {"E[r]": factor}
-    multiple &= report.kl_term == {name: round(factor * c, 8) for name, c in kl_target.items()}
-    drops = "has gradient zero" if report.sees_reference else "is missing: the loss never sees the reference"
-    climbs = f"climbs {formula(report.kl_term)}, not {formula(kl_target)}" if report.kl_term else f"{drops}"
-    growth = {1.5: ", as it is a sum", 1.3333: ", as the baseline includes the answer's own reward"}
+    scaled_target = {name: round(factor * c, 8) for name, c in kl_target.items()}
+    multiple = (report.reward_term, report.kl_term) == ({"E[r]": factor}, scaled_target)  # of ∇J
+    reward_fault = f"the reward term climbs {formula(report.reward_term)}, not E[r]"
+    kl_fault = f"the KL term climbs {formula(report.kl_term)}, not {formula(kl_target)}"
+    cause = {1.5: ": it is a sum", 1.3333: ": the baseline includes the answer's own reward"}
     sentences = {
-        f"the step is {factor:.4g} ∇J" + (", the wrong sign" if factor < 0 else ""): multiple and factor != 1,
-        f"the reward term climbs {formula(report.reward_term)}, not E[r]": not multiple and report.reward_term != {"E[r]": 1},
-        f"the KL term {climbs}": not multiple and report.kl_term != kl_target,
-        "some words are not trained": report.trained_words < 1,
+        f"the step is {factor:.4g} times ∇J": multiple and factor != 1,
+        reward_fault: not multiple and report.reward_term != {"E[r]": 1.0},
+        kl_fault: not multiple and report.kl_term != kl_target,
+        "the step goes downhill": report.cosine < 0,
+        "the reference is never seen": beta and not report.sees_reference,
+        "some words are never trained": report.trained_words < 1,
         "EOS is not always trained": report.trained_eos < 1,
         "pads are trained": report.trained_pads > 0,
-        "wider padding changes the step": report.depends_on_padding,
-        "a constant added to the rewards changes the step, and so does a baseline": report.depends_on_constant,
-        "the step is not linear in the rewards: it divides them by their spread, or clips": not report.linear_in_reward,
-        "the step depends on the batch size" + growth.get(round(report.batch_growth, 4), ""): report.depends_on_batch_size,
+        "wider padding changes the step": report.padding_matters,
+        "a constant added to all rewards changes the step, so a baseline does, too": report.constant_matters,
+        "the step is not linear in the rewards, which are scaled or clipped": not report.reward_is_linear,
+        "the batch size changes the step" + cause.get(round(report.batch_growth, 4), ""): report.batch_size_matters,
     }
     return [sentence for sentence, applies in sentences.items() if applies]
 

@@ -126,6 +126,7 @@ def known_quantities(world, temperature):
         "token KL(ref‖π)": p.detach() @ (torch.exp(-d_t) - 1 + d_t).sum(-1),
         "χ²(π‖ref)": p @ d.exp() - 1,
         "E[d²]": p @ constant**2,
+        "E[1 / length]": p @ (1 / length),
         "E[r / length]": p @ (r / length),
         "E[d / length]": p @ (constant / length),
     }
@@ -145,8 +146,8 @@ def name_step(step, gradients):
     names, columns = list(gradients), torch.stack(list(gradients.values()), dim=1)  # (D, names)
     for count in range(3):
         for picks in itertools.combinations(range(len(names)), count):
-            factors = torch.linalg.lstsq(columns[:, picks], step[:, None]).solution  # (count, 1)
-            if same((columns[:, picks] @ factors)[:, 0], step):
+            factors = torch.linalg.lstsq(columns[:, list(picks)], step[:, None]).solution  # (count, 1)
+            if same((columns[:, list(picks)] @ factors)[:, 0], step):
                 return {names[i]: round(factor, 8) for i, factor in zip(picks, factors[:, 0].tolist())}
     return None
 
@@ -178,7 +179,7 @@ def examine(loss, beta=0.1, temperature=1.0):
         cosine, length          of the expected step against ∇J; a negative cosine goes downhill
         variance                of a step, per answer: B E‖step − E[step]‖² / ‖∇J‖²
         value, value_variance   the loss itself, as an estimate: its expectation, and B times its variance
-        value_is                the known quantities with this expectation
+        value_is                the first known quantity with this expectation
         trained_words, _eos     the share of them whose log-prob has a gradient; it should be 1
         trained_pads            the same; it should be 0
 
@@ -201,7 +202,7 @@ def examine(loss, beta=0.1, temperature=1.0):
         variance=2 * (probability @ (steps - step).square().sum(-1) / exact.norm() ** 2).item(),
         value=value.item(),
         value_variance=2 * (probability @ (values - value).square()).item(),
-        value_is=", ".join(name for name in known if same(known[name], value)),
+        value_is=next((name for name in known if same(known[name], value)), ""),
         trained_words=share(world.mask & ~world.ends),
         trained_eos=share(world.ends),
         trained_pads=share(~world.mask),

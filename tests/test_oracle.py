@@ -1,4 +1,4 @@
-"""The oracle, on losses whose expected gradient is known by derivation: right ones, the places of a KL, and mistakes."""
+"""The oracle, on losses whose expected gradient we can derive: right ones, the places of the KL, and mistakes."""
 
 import itertools
 import math
@@ -29,6 +29,11 @@ def kl_climbs(what):
 
 
 UNNAMED = [reward_climbs("something without a name"), kl_climbs("something without a name")]
+
+
+def gradient(scalar, world):
+    """∂ scalar / ∂ logits, (D,)."""
+    return torch.autograd.grad(scalar, world.logits, retain_graph=True)[0].flatten()
 
 
 def total(logprobs, mask):
@@ -127,10 +132,8 @@ def test_k1_as_a_loss_at_another_temperature():
     assert (report.reward_term, report.kl_term) == ({"E_s[r log π]": 1.0}, {"KL(s‖π)": BETA})
     world = World(temperature=0.7)
     known = known_quantities(world, 0.7)
-    away, entropy = (
-        torch.autograd.grad(known[name], world.logits, retain_graph=True)[0] for name in ("KL(s‖π)", "H(π)")
-    )
-    assert torch.cosine_similarity(away.flatten(), entropy.flatten(), dim=0) > 0.5
+    away, entropy = (gradient(known[name], world) for name in ("KL(s‖π)", "H(π)"))
+    assert torch.cosine_similarity(away, entropy, dim=0) > 0.5
 
 
 def last_token(mask):
@@ -222,11 +225,15 @@ WRONG = {
     "log π in the place of d": (without_reference, [kl_climbs("0.1 H(π)"), "the reference is never seen"]),
     "β twice": (beta_twice, [kl_climbs("− 0.2 KL(π‖ref)")]),
     "sum over the batch": (
-        lambda *batch: 2 * right(*batch) * len(batch[2]) / 2,
+        lambda *batch: right(*batch) * len(batch[2]),
         ["the step is 2 times ∇J", f"{BATCH}: it is a sum"],
     ),
     "π in the place of log π": (with_sum(lambda logp, mask: total(logp, mask).exp()), [*UNNAMED, CONSTANT]),
     "log of the mean probability": (with_sum(log_of_mean), [*UNNAMED, CONSTANT]),
+    "ratio to the reference": (  # answers are weighed by e^d
+        lambda *batch: -(shaped(*batch) * total(batch[0] - batch[1], batch[3]).exp()).mean(),
+        [*UNNAMED, CONSTANT],
+    ),
     "squashed reward": (squashed_reward, [UNNAMED[0], CONSTANT, NONLINEAR]),
     "log-probs detached": (
         lambda *batch: right(batch[0].detach(), *batch[1:]),
@@ -244,14 +251,8 @@ def test_wrong_losses(name):
     assert str(report).splitlines()[-1] == "WRONG: " + "; ".join(faults)
 
 
-def test_ratio_to_the_reference():
-    """π/π_ref in the place of log π is a policy gradient whose answers are weighed by e^d: nothing that has a name."""
-    loss = lambda *batch: -(shaped(*batch) * total(batch[0] - batch[1], batch[3]).exp()).mean()
-    assert examine(loss, BETA).faults == [*UNNAMED, CONSTANT]
-
-
 def test_estimators():
-    """As estimates of the KL, k1 and k3 have its expectation; the variance is that of one answer, whatever the batch."""
+    """As estimates of the KL, k1 and k3 have its expectation; `value_variance` is that of a single answer."""
     world = World()
     d = total(world.logprobs - world.ref_logprobs, world.mask).detach()  # (N,)
     for kind in ("k1", "k3"):
@@ -309,9 +310,8 @@ def test_gradients_by_hand():
             expected["token KL(π‖ref)"][place] = reach * p * (math.log(p / q) - kl)
             expected["token KL(ref‖π)"][place] = reach * (p - q)
     known = known_quantities(world, 1.0)
-    for name, gradient in expected.items():
-        got = torch.autograd.grad(known[name], world.logits, retain_graph=True)[0]
-        torch.testing.assert_close(got, gradient, atol=1e-12, rtol=0)
+    for name, by_hand in expected.items():
+        torch.testing.assert_close(gradient(known[name], world), by_hand.flatten(), atol=1e-12, rtol=0)
     probability, steps, *_ = run(lambda logprobs, ref, reward, mask: -reward * total(logprobs, mask), world)
     torch.testing.assert_close(probability @ steps, expected["E[r]"].flatten(), atol=1e-12, rtol=0)
 
@@ -319,10 +319,9 @@ def test_gradients_by_hand():
 def test_no_two_quantities_make_a_third():
     """A name with at most two terms is the only one: any three gradients are linearly independent."""
     world = World()
-    known = known_quantities(world, 1.0).values()
-    gradients = [torch.autograd.grad(scalar, world.logits, retain_graph=True)[0].flatten() for scalar in known]
+    gradients = [gradient(scalar, world) for scalar in known_quantities(world, 1.0).values()]
     for three in itertools.combinations(gradients, 3):
-        columns = torch.stack([gradient / gradient.norm() for gradient in three], dim=1)
+        columns = torch.stack([column / column.norm() for column in three], dim=1)  # (D, 3)
         assert torch.linalg.svdvals(columns)[-1] > 1e-4
 
 
@@ -390,14 +389,10 @@ def fake_trainer(logprobs, **settings):
 
 
 def trl_inputs(mask, advantages, **more):
-    ids = torch.zeros_like(mask, dtype=torch.long)
-    tensors = {
-        "prompt_ids": ids[:, :1],
-        "prompt_mask": ids[:, :1],
-        "completion_ids": ids,
-        "completion_mask": mask.long(),
-    }
-    return tensors | {"advantages": advantages} | more
+    """A batch as _compute_loss reads it; the ids do not matter, as nothing is scored."""
+    ids, ones = torch.zeros_like(mask, dtype=torch.long), mask.long()
+    prompt = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1]}
+    return prompt | {"completion_ids": ids, "completion_mask": ones, "advantages": advantages} | more
 
 
 def test_trl_rloo():
@@ -412,28 +407,38 @@ def test_trl_rloo():
     assert examine(loss, BETA).faults == []
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "scale", "faults"),
-    [
-        # 1 − 1/k = ½ of E[r], as its baseline is the group's mean; both terms over the 2 tokens of the longest answer
-        ("dr_grpo", False, [reward_climbs("0.25 E[r]"), kl_climbs("− 0.05 token KL(ref‖π)"), PADDING, BATCH]),
-        ("grpo", False, [reward_climbs("0.5 E[r / length]"), kl_climbs("something without a name"), BATCH]),
-        ("grpo", True, [*UNNAMED, NONLINEAR, BATCH]),
-    ],
-)
-def test_trl_grpo(loss_type, scale, faults):
-    """TRL's GRPO loss has another KL, per token and the other way round, and divides by length and by spread."""
+def examine_grpo(loss_type, scale):
+    """The Report on TRL's GRPO loss of one prompt, with or without dividing the rewards by their spread."""
     trainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
     settings = {"loss_type": loss_type, "beta": BETA, "importance_sampling_level": "token", "use_vllm": False}
-    settings |= {"off_policy_mask_threshold": None, "top_entropy_quantile": 1.0}
+    settings |= {"off_policy_mask_threshold": None, "top_entropy_quantile": 1.0, "max_completion_length": 2}
     settings["args"] = SimpleNamespace(delta=None, use_bias_correction_kl=False)
 
     def loss(logprobs, ref, reward, mask):
-        advantages = reward - reward.mean()
-        if scale:
-            advantages = advantages / (reward.std() + 1e-4)
+        advantages = (reward - reward.mean()) / (reward.std() + 1e-4 if scale else 1.0)
         inputs = trl_inputs(mask, advantages, ref_per_token_logps=ref, old_per_token_logps=logprobs.detach())
-        fake = fake_trainer(logprobs, max_completion_length=mask.shape[1], **settings)
-        return trainer._compute_loss(fake, None, inputs)
+        return trainer._compute_loss(fake_trainer(logprobs, **settings), None, inputs)
 
-    assert examine(loss, BETA).faults == faults
+    return examine(loss, BETA)
+
+
+def test_trl_dr_grpo():
+    """Dr. GRPO climbs ½ (1 − 1/2) E[r]: it divides by the longest answer's 2 tokens, and its baseline is the mean.
+
+    Its KL is k3 as a loss, per token: it descends KL(π_ref ‖ π) at prefixes that it holds constant.
+    """
+    faults = [reward_climbs("0.25 E[r]"), kl_climbs("− 0.05 token KL(ref‖π)"), BATCH]
+    assert examine_grpo("dr_grpo", scale=False).faults == faults
+
+
+def test_trl_grpo():
+    """GRPO divides by each answer's length, and its baseline does not cancel then: it changes the expected step.
+
+    Over pairs, E[(r_i − r_j) ∇ log π_i / length_i] / 2 = (∇E[r / length] − E[r] ∇E[1 / length]) / 2, E[r] constant.
+    """
+    world, report = World(), examine_grpo("grpo", scale=False)
+    expected = {"E[r / length]": 0.5, "E[1 / length]": -0.5 * (world.probability @ world.reward).item()}
+    assert report.reward_term == pytest.approx(expected)
+    assert report.kl_term is None
+    assert NONLINEAR not in report.faults
+    assert NONLINEAR in examine_grpo("grpo", scale=True).faults

@@ -2,8 +2,8 @@
 
 Four tokens, of which 3 is EOS, and answers of at most three: an answer is 3, or a3, or ab3, or abc with a, b, c in 0..2
 or c = 3: 1 + 3 + 9 + 27 = 40 answers to a prompt. Their probabilities come from prefixes of one length at a time,
-without padding. They make every expectation a sum, and autograd through that sum makes every gradient exact. No code of
-the package has a part in it: what the package computes is compared with these sums.
+without padding. They make every expectation a sum, and autograd through that sum makes every gradient exact. Of the
+package's code only the lists of answers and batches have a part in it: what it computes is compared with these sums.
 """
 
 import itertools
@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_min.data import Prompt
 from rlhf_min.evaluation import judge_policy, mean_se
+from rlhf_min.oracle import all_answers, all_batches
 from rlhf_min.reinforce import (
     MovingAverageBaseline,
     kl_estimate,
@@ -31,9 +32,7 @@ from rlhf_min.support.models import get_weights
 
 EOS, LENGTH, TEMPERATURE, BETA = 3, 3, 0.8, 0.3
 PROMPTS = [[0, 1], [2]]  # the second one is left-padded
-ANSWERS = sorted(
-    [*a, EOS] if len(a) < LENGTH else [*a] for n in range(LENGTH + 1) for a in itertools.product(range(EOS), repeat=n)
-)
+ANSWERS = all_answers(EOS, LENGTH)
 CASES = [(x, y) for x in PROMPTS for y in ANSWERS]  # N = 80
 SHUFFLED = torch.randperm(len(CASES), generator=torch.Generator().manual_seed(5))
 REWARD = torch.linspace(-1, 2, len(CASES), dtype=torch.float64)[SHUFFLED]  # r(x, y): any numbers will do
@@ -218,15 +217,14 @@ def test_baselines_over_all_batches(model, reference, k):
     The mean of the others, and the mean of an earlier batch, leave it as it is.
     """
     logprobs, mask, p, shaped, exact = first_prompt(model, reference)
-    batches = torch.cartesian_prod(*[torch.arange(len(p))] * k)  # (n^k, k), every batch
-    probability = p[batches].prod(-1, keepdim=True)  # (n^k, 1)
+    batches, probability = all_batches(p, k)  # (n^k, k), (n^k,)
     rewards, rows = shaped[batches], batches.flatten()
     own_mean = rewards.mean(-1, keepdim=True)
     others = (rewards.sum(-1, keepdim=True) - rewards) / (k - 1)
     # each batch is one prompt, (P, k) with P = 1, so the advantages of all batches are those of as many prompts
     assert torch.equal(leave_one_out(rewards)[7:8], leave_one_out(rewards[7:8]))
     for advantage, factor in ((rewards - own_mean, 1 - 1 / k), (rewards - others, 1.0), (leave_one_out(rewards), 1.0)):
-        advantage = (len(batches) * probability * advantage).flatten()  # times n^k p, for the batches' mean
+        advantage = (len(batches) * probability[:, None] * advantage).flatten()  # times n^k p, for the batches' mean
         got = gradient(policy_gradient_loss(logprobs[rows], advantage, mask[rows]), model)
         assert (got + factor * exact).abs().max() < 1e-10
 

@@ -28,6 +28,7 @@ def kl_climbs(what):
     return f"the KL term climbs {what}, not {GOAL}"
 
 
+HALF = [reward_climbs("0.5 E[r]"), kl_climbs("− 0.05 KL(π‖ref)")]
 UNNAMED = [reward_climbs("something without a name"), kl_climbs("something without a name")]
 
 
@@ -178,7 +179,10 @@ def squashed_reward(logprobs, ref, reward, mask):
 
 
 WRONG = {
-    "wrong sign": (lambda *batch: -right(*batch), ["the step is -1 times ∇J", "the step goes downhill"]),
+    "wrong sign": (
+        lambda *batch: -right(*batch),
+        [reward_climbs("− E[r]"), kl_climbs("0.1 KL(π‖ref)"), "the step goes downhill"],
+    ),
     "pads trained": (with_sum(lambda logp, mask: logp.sum(-1)), ["pads are trained"]),
     "KL summed over pads": (kl_over_pads, UNNAMED[1:]),
     "last token masked out": (
@@ -193,12 +197,12 @@ WRONG = {
     ),
     "mean over the width": (
         with_sum(lambda logp, mask: total(logp, mask) / mask.shape[1]),
-        ["the step is 0.5 times ∇J", PADDING],
+        [*HALF, PADDING],
     ),
     "mean over the tokens of the batch": (mean_over_all_tokens, [*UNNAMED, CONSTANT, BATCH]),
     "the batch's mean as the baseline": (  # over all pairs, 1 − 1/B = ½
         with_advantage(lambda shaped: shaped - shaped.mean()),
-        ["the step is 0.5 times ∇J", f"{BATCH}: the baseline includes the answer's own reward"],
+        [*HALF, f"{BATCH}: the baseline includes the answer's own reward"],
     ),
     "divided by the spread": (divided_by_spread, [UNNAMED[0], NONLINEAR, BATCH]),
     "k1 as a loss": (with_kl_loss(kl_estimate), [kl_climbs("nothing")]),
@@ -226,7 +230,7 @@ WRONG = {
     "β twice": (beta_twice, [kl_climbs("− 0.2 KL(π‖ref)")]),
     "sum over the batch": (
         lambda *batch: right(*batch) * len(batch[2]),
-        ["the step is 2 times ∇J", f"{BATCH}: it is a sum"],
+        [reward_climbs("2 E[r]"), kl_climbs("− 0.2 KL(π‖ref)"), f"{BATCH}: it is a sum"],
     ),
     "π in the place of log π": (with_sum(lambda logp, mask: total(logp, mask).exp()), [*UNNAMED, CONSTANT]),
     "log of the mean probability": (with_sum(log_of_mean), [*UNNAMED, CONSTANT]),

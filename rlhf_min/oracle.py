@@ -116,7 +116,7 @@ def known_quantities(world, temperature):
     """
     d_t = (world.logprobs - world.ref_logprobs).masked_fill(~world.mask, 0.0)  # (N, T)
     logp, d = world.logprobs.masked_fill(~world.mask, 0.0).sum(-1), d_t.sum(-1)  # (N,)
-    p, r, length, constant = logp.exp(), world.reward, world.mask.sum(-1), d.detach()  # (N,)
+    p, r, length, constant = logp.exp(), world.reward, world.mask.double().sum(-1), d.detach()  # (N,)
     known = {
         "E[r]": p @ r,
         "KL(π‖ref)": p @ d,

@@ -184,7 +184,10 @@ WRONG = {
         [reward_climbs("− E[r]"), kl_climbs("0.1 KL(π‖ref)"), "the step goes downhill"],
     ),
     "pads trained": (with_sum(lambda logp, mask: logp.sum(-1)), ["pads are trained"]),
-    "KL summed over pads": (kl_over_pads, UNNAMED[1:]),
+    "KL summed over pads": (  # log π − log π_ref of a pad is −1.3; an answer has 2 − length pads, here 2 / length − 1
+        kl_over_pads,
+        [kl_climbs("− 0.1 KL(π‖ref) + 0.26 E[1 / length]")],
+    ),
     "last token masked out": (
         with_sum(lambda logp, mask: total(logp, mask & ~last_token(mask))),
         [*UNNAMED, WORDS, EOS, CONSTANT],
@@ -284,7 +287,7 @@ def next_tokens(world, words):
     """{prefix: {token: (π, π_ref)}} from the world's log-probs, and {answer: (π, r)}."""
     table, answers = defaultdict(dict), {}
     for i, y in enumerate(all_answers(words, 2)):
-        answers[(*y,)] = math.exp(world.logprobs[i, : len(y)].sum()), world.reward[i].item()
+        answers[(*y,)] = world.logprobs[i, : len(y)].sum().exp().item(), world.reward[i].item()
         for t in range(len(y)):
             pair = world.logprobs[i, t].exp().item(), world.ref_logprobs[i, t].exp().item()
             table[(*y[:t],)][y[t]] = pair

@@ -19,8 +19,7 @@ We compare it with the gradient of what RLHF wants to climb,
     J = E[r] − β KL(π ‖ π_ref)
 
 and with the gradients of other known quantities. The policy is a table of logits with a row for every beginning of an
-answer. So it can become any distribution over the seven answers, and different quantities have different gradients. In
-your own tests:
+answer. So it can become any distribution over the seven answers. In your own tests:
 
     from rlhf_min.oracle import examine
 
@@ -112,7 +111,8 @@ def known_quantities(world, temperature):
 
     d = log π(y) − log π_ref(y); `length` is that of y; a d inside E[...] is a constant, like a detached reward. The
     `token` KLs are sums of the KLs of the next-token distributions, where the prefixes are constants: a token is not
-    charged for the KL of what comes after it. They are k2 and k3 per token, which have these gradients.
+    charged for the KL of what comes after it. They are k2 and k3 per token, which have these gradients. Only the bare
+    EOS has length 1 here, so any function of the length comes out as E[1 / length].
     """
     d_t = (world.logprobs - world.ref_logprobs).masked_fill(~world.mask, 0.0)  # (N, T)
     logp, d = world.logprobs.masked_fill(~world.mask, 0.0).sum(-1), d_t.sum(-1)  # (N,)

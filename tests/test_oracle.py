@@ -324,12 +324,18 @@ def test_gradients_by_hand():
 
 
 def test_no_two_quantities_make_a_third():
-    """A name with at most two terms is the only one: any three gradients are linearly independent."""
+    """Any three gradients are linearly independent but for two threes, so a name of at most two terms is the only one.
+
+    Only the bare EOS has length 1 here. So f / length is f/2 plus a constant on that answer, as 1 / length is.
+    """
     world = World()
-    gradients = [gradient(scalar, world) for scalar in known_quantities(world, 1.0).values()]
-    for three in itertools.combinations(gradients, 3):
-        columns = torch.stack([column / column.norm() for column in three], dim=1)  # (D, 3)
-        assert torch.linalg.svdvals(columns)[-1] > 1e-4
+    gradients = {name: gradient(scalar, world) for name, scalar in known_quantities(world, 1.0).items()}
+    dependent = []
+    for names in itertools.combinations(gradients, 3):
+        columns = torch.stack([gradients[name] / gradients[name].norm() for name in names], dim=1)  # (D, 3)
+        if torch.linalg.svdvals(columns)[-1] < 1e-2:
+            dependent.append(names)
+    assert dependent == [("E[r]", "E[1 / length]", "E[r / length]"), ("KL(π‖ref)", "E[1 / length]", "E[d / length]")]
 
 
 def test_all_batches():
@@ -442,9 +448,11 @@ def test_trl_grpo():
     """GRPO divides by each answer's length, and its baseline does not cancel then: it changes the expected step.
 
     Over pairs, E[(r_i − r_j) ∇ log π_i / length_i] / 2 = (∇E[r / length] − E[r] ∇E[1 / length]) / 2, E[r] constant.
+    In this world r / length = r/2 + r(EOS) / length − r(EOS) / 2, as only the bare EOS has length 1.
     """
     world, report = World(), examine_grpo("grpo", scale=False)
-    expected = {"E[r / length]": 0.5, "E[1 / length]": -0.5 * (world.probability @ world.reward).item()}
+    excess = world.reward[-1] - world.probability @ world.reward  # of the bare EOS, the last of the answers
+    expected = {"E[r]": 0.25, "E[1 / length]": 0.5 * excess.item()}
     assert report.reward_term == pytest.approx(expected)
     assert report.kl_term is None
     assert NONLINEAR not in report.faults

@@ -10,16 +10,16 @@ The function is your loss. It is called as a training step would call it, on B a
 True up to and including the first EOS, the token that ends an answer. The function returns a scalar; or a number per
 answer (B,), of which we take the mean; or a number per token (B, T), which we first sum over the tokens.
 
-The idea is *enumeration*. Our policy has two words and EOS, and an answer has at most two tokens. So there are seven
-answers, and we know the probability of each. In training, answers are drawn, and a step −∇L is noise around a mean.
-Here we call the loss on *every* batch of two answers, 7² of them, and weigh each step with the probability of its
-batch. The weighted sum is the expected step −E[∇L]. Nothing in it is sampled, so it is exact up to float64's rounding.
-We compare it with the gradient of what RLHF wants to climb,
+The idea is *enumeration*. Our policy has one word and EOS: token by token it goes on or ends, and after five tokens an
+answer is over. So there are six answers, and we know the probability of each. In training, answers are drawn, and a
+step −∇L is noise around a mean. Here we call the loss on *every* batch of two answers, 6² of them, and weigh each step
+with the probability of its batch. The weighted sum is the expected step −E[∇L]. Nothing in it is sampled, so it is
+exact up to float64's rounding. We compare it with the gradient of what RLHF wants to climb,
 
     J = E[r] − β KL(π ‖ π_ref)
 
-and with the gradients of other known quantities. The policy is a table of logits with a row for every beginning of an
-answer. So it can become any distribution over the seven answers. In your own tests:
+and with the gradients of other known quantities. The policy is a table of logits with a row for every position. So it
+can become any distribution over the six answers. In your own tests:
 
     from rlhf_min.oracle import examine
 
@@ -51,28 +51,26 @@ def all_batches(probability, size):
 
 
 class World:
-    """All N answers of at most two tokens, T = 2 + pads, with their log-probs, rewards and probabilities.
+    """All N answers of at most `length` tokens, T = length + pads, with their log-probs, rewards and probabilities.
 
-    The policy is a table of logits with a row for each of S prefixes and a column for each of V tokens; D = S · V.
+    The policy is a table of logits with a row for each position, and columns for the word and EOS; D = length · 2.
     Answers are sampled at `temperature` and scored at temperature 1. r = scale · (random numbers) + shift.
     """
 
-    def __init__(self, words=2, pads=0, temperature=1.0, scale=1.0, shift=0.0, ref_seed=1):
-        answers, width = all_answers(words, length=2), 2 + pads
+    def __init__(self, length=5, pads=0, temperature=1.0, scale=1.0, shift=0.0, ref_seed=1):
+        answers, width = all_answers(1, length), length + pads
         self.mask = torch.tensor([[t < len(y) for t in range(width)] for y in answers])  # (N, T)
-        tokens = torch.tensor([y + [words] * (width - len(y)) for y in answers])  # (N, T) padded with EOS
-        self.ends = tokens.eq(words) & self.mask  # (N, T) True on EOS
-        rows = torch.zeros_like(tokens)  # (N, T) the first token is drawn from row 0,
-        rows[:, 1] = 1 + tokens[:, 0]  # the second from the row of the first
+        tokens = torch.tensor([y + [1] * (width - len(y)) for y in answers])  # (N, T) padded with EOS
+        self.ends = tokens.eq(1) & self.mask  # (N, T) True on EOS
+        rows = torch.arange(width).clamp(max=length - 1)  # (T,) what a pad gets is overwritten
 
-        def score(logits, pad=0.0):  # (S, V) → (N, T); what stands behind EOS means nothing, so it can be any number
+        def score(logits, pad=0.0):  # (length, 2) → (N, T); a pad's log-prob means nothing, so it can be any number
             return logits.log_softmax(-1)[rows, tokens].masked_fill(~self.mask, pad)
 
         policy, reference = torch.Generator().manual_seed(0), torch.Generator().manual_seed(ref_seed)
-        size = words + 2, words + 1  # S, V
-        self.logits = torch.randn(size, generator=policy, dtype=torch.float64, requires_grad=True)  # (S, V)
+        self.logits = torch.randn(length, 2, generator=policy, dtype=torch.float64, requires_grad=True)
         self.logprobs = score(self.logits, pad=-1.7)  # (N, T)
-        self.ref_logprobs = score(torch.randn(size, generator=reference, dtype=torch.float64), pad=-0.4)  # (N, T)
+        self.ref_logprobs = score(torch.randn(length, 2, generator=reference, dtype=torch.float64), pad=-0.4)  # (N, T)
         self.slopes = torch.func.jacrev(score)(self.logits.detach()).flatten(2)  # (N, T, D) ∂ logprobs / ∂ logits
         self.probability = score(self.logits.detach() / temperature).sum(-1).exp()  # (N,)
         self.reward = scale * torch.randn(len(answers), generator=policy, dtype=torch.float64) + shift  # (N,)
@@ -111,8 +109,7 @@ def known_quantities(world, temperature):
 
     d = log π(y) − log π_ref(y); `length` is that of y; a d inside E[...] is a constant, like a detached reward. The
     `token` KLs are sums of the KLs of the next-token distributions, where the prefixes are constants: a token is not
-    charged for the KL of what comes after it. They are k2 and k3 per token, which have these gradients. Only the bare
-    EOS has length 1 here, so any function of the length comes out as E[1 / length].
+    charged for the KL of what comes after it. They are k2 and k3 per token, which have these gradients.
     """
     d_t = (world.logprobs - world.ref_logprobs).masked_fill(~world.mask, 0.0)  # (N, T)
     logp, d = world.logprobs.masked_fill(~world.mask, 0.0).sum(-1), d_t.sum(-1)  # (N,)
@@ -124,8 +121,7 @@ def known_quantities(world, temperature):
         "H(π)": -p @ logp,
         "token KL(π‖ref)": p.detach() @ (d_t**2 / 2).sum(-1),
         "token KL(ref‖π)": p.detach() @ (torch.exp(-d_t) - 1 + d_t).sum(-1),
-        "χ²(π‖ref)": p @ d.exp() - 1,
-        "E[d²]": p @ constant**2,
+        "E[length]": p @ length,
         "E[1 / length]": p @ (1 / length),
         "E[r / length]": p @ (r / length),
         "E[d / length]": p @ (constant / length),
@@ -161,27 +157,44 @@ def formula(terms):
 
 
 class Report(SimpleNamespace):
-    """What `examine` found. str() gives one screen: a line for each attribute, and the verdict."""
+    """What `examine` found. str() gives one screen, whose last line is the verdict."""
 
     def __str__(self):
-        lines = []
-        for name, value in vars(self).items():
-            text = formula(value) if isinstance(value, dict | None) else value
-            lines.append(f"{name:22}{round(text, 6) if isinstance(text, float) else text}")
+        yes = {True: "yes", False: "no"}
         verdict = "WRONG: " + "; ".join(self.faults) if self.faults else "RIGHT: the step climbs J"
-        return "\n".join([*lines[:-1], verdict])  # the last attribute is `faults`
+        return f"""\
+the expected step, compared with the exact gradient of J = E[r] − {self.beta:g} KL(π‖ref)
+    its reward term climbs        {formula(self.reward_term)}
+    its KL term climbs            {formula(self.kl_term)}
+    cosine with the gradient      {self.cosine:.4f}
+    length / that of gradient     {self.length:.4f}
+    variance, per answer          {self.variance:.4f}, with the gradient's length as 1
+the loss itself, as an estimate
+    expectation                   {self.value:.4f}{self.value_is and " = " + self.value_is}
+    variance, per answer          {self.value_variance:.4f}
+tokens that are trained
+    words, EOS, pads              {self.trained_words:.0%}, {self.trained_eos:.0%}, {self.trained_pads:.0%}
+what changes the step
+    another reference             {yes[self.sees_reference]}
+    wider padding                 {yes[self.padding_matters]}
+    a constant in all rewards     {yes[self.constant_matters]}
+    rewards times 2               {"doubles their part" if self.reward_is_linear else "does not double their part"}
+    3 answers a batch, not 2      {yes[self.batch_size_matters]}: {self.batch_growth:.4f} times as long
+{verdict}"""
 
 
 def examine(loss, beta=0.1, temperature=1.0):
     """The Report on a loss of (logprobs, ref_logprobs, reward, mask), which is meant to climb J = E[r] − β KL(π‖π_ref).
 
-        reward_term, kl_term    what the expected step climbs: because of the rewards, and with all rewards at 0
+        reward_term, kl_term    {name: factor}, what the expected step climbs: because of the rewards, and with all
+                                rewards at 0; {} is nothing, and None is something without a name
         cosine, length          of the expected step against ∇J; a negative cosine goes downhill
         variance                of a step, per answer: B E‖step − E[step]‖² / ‖∇J‖²
         value, value_variance   the loss itself, as an estimate: its expectation, and B times its variance
-        value_is                the first known quantity with this expectation
+        value_is                the first known quantity with this expectation, or an empty text
         trained_words, _eos     the share of them whose log-prob has a gradient; it should be 1
         trained_pads            the same; it should be 0
+        faults                  a sentence for each reason why this loss does not train J; [] if it does
 
     and those of `dependences`. `temperature` is the sampler's; the log-probs are those at temperature 1.
     """
@@ -195,6 +208,7 @@ def examine(loss, beta=0.1, temperature=1.0):
     kl_step = probability @ run(loss, World(temperature=temperature, scale=0.0))[1]  # (D,)
     share = lambda tokens: trained[tokens].double().mean().item()
     report = Report(
+        beta=beta,
         reward_term=name_step(step - kl_step, gradients),
         kl_term=name_step(kl_step, gradients),
         cosine=torch.cosine_similarity(step, exact, dim=0).item(),
@@ -213,7 +227,7 @@ def examine(loss, beta=0.1, temperature=1.0):
 
 
 def dependences(loss, temperature):
-    """The rest of the Report: what changes the expected step, in a world of one word, whose answers are only three.
+    """The rest of the Report: what changes the expected step, in a world of only three answers.
 
     sees_reference          whether π_ref changes the loss at all
     padding_matters         whether wider padding changes the expected step
@@ -224,7 +238,7 @@ def dependences(loss, temperature):
     """
 
     def outcome(size=2, **change):
-        probability, steps, values, _ = run(loss, World(words=1, temperature=temperature, **change), size)
+        probability, steps, values, _ = run(loss, World(length=2, temperature=temperature, **change), size)
         return probability @ steps, steps, values
 
     step, *noise = outcome()
@@ -264,9 +278,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m rlhf_min.oracle", description="What is your loss the gradient of?")
     parser.add_argument("loss", help="package.module:function of (logprobs, ref_logprobs, reward, mask)")
     parser.add_argument("--beta", type=float, default=0.1, help="the weight of the KL that the loss is meant to have")
-    parser.add_argument("--temperature", type=float, default=1.0, help="the sampler's; log-probs are those at 1")
     options = parser.parse_args(arguments)
-    print(examine(import_function(options.loss.replace(":", ".")), options.beta, options.temperature))
+    loss = import_function(options.loss.replace(":", "."), remedy="write package.module:function")
+    print(examine(loss, options.beta))
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def load_classifier(name, device, new_head=0, label=""):
     return model.to(device), tokenizer
 
 
-def import_function(spec):
+def import_function(spec, remedy):
     """The function package.module.function; UserError where there is none."""
     sys.path.insert(0, "")  # a module in the working directory is found, too, as python -m does
     try:
@@ -193,14 +193,15 @@ def import_function(spec):
     finally:
         sys.path.remove("")
     if not callable(function):
-        raise UserError(f"{spec}: no such function; name a model folder or package.module.function")
+        raise UserError(f"{spec}: no such function; {remedy}")
     return function
 
 
 def load_judge(spec, device):
     """A judge by name: a run folder, a transformers folder, an adapter, a hub name, or package.module.function."""
     if not os.path.exists(spec) and "/" not in spec and "." in spec:
-        return RewardFunction(import_function(spec), spec, device)
+        function = import_function(spec, remedy="name a model folder or package.module.function")
+        return RewardFunction(function, spec, device)
     if ".py" in spec:
         raise UserError(f"{spec}: write a function as package.module.function")
     name, _, label = spec.partition(":") if not os.path.exists(spec) else (spec, "", "")

@@ -141,7 +141,7 @@ MISTAKES = [
     ("warp", "--policy sick", "is not finite"),
     ("warp", "--policy misfit", "misfit: transformer.h.0.attn.c_attn does not fit the model"),
     ("warp", "--policy orphan", "orphan is an adapter on "),
-    ("warp", "--reward-model functions.f", "functions.f: no such function"),
+    ("warp", "--reward-model functions.f", "functions.f: no such function; name a model folder"),
     ("warp", "--reward-model nosuch.f", "nosuch.f: no such function"),
     # folders of runs
     ("warp", "--out old", "--out old holds another run or other files"),

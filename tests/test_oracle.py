@@ -28,7 +28,6 @@ def kl_climbs(what):
     return f"the KL term climbs {what}, not {GOAL}"
 
 
-HALF = [reward_climbs("0.5 E[r]"), kl_climbs("− 0.05 KL(π‖ref)")]
 UNNAMED = [reward_climbs("something without a name"), kl_climbs("something without a name")]
 
 
@@ -184,9 +183,9 @@ WRONG = {
         [reward_climbs("− E[r]"), kl_climbs("0.1 KL(π‖ref)"), "the step goes downhill"],
     ),
     "pads trained": (with_sum(lambda logp, mask: logp.sum(-1)), ["pads are trained"]),
-    "KL summed over pads": (  # log π − log π_ref of a pad is −1.3; an answer has 2 − length pads, here 2 / length − 1
+    "KL summed over pads": (  # log π − log π_ref of a pad is −1.3, and an answer has 5 − length pads
         kl_over_pads,
-        [kl_climbs("− 0.1 KL(π‖ref) + 0.26 E[1 / length]")],
+        [kl_climbs("− 0.1 KL(π‖ref) − 0.13 E[length]")],
     ),
     "last token masked out": (
         with_sum(lambda logp, mask: total(logp, mask & ~last_token(mask))),
@@ -200,12 +199,16 @@ WRONG = {
     ),
     "mean over the width": (
         with_sum(lambda logp, mask: total(logp, mask) / mask.shape[1]),
-        [*HALF, PADDING],
+        [reward_climbs("0.2 E[r]"), kl_climbs("− 0.02 KL(π‖ref)"), PADDING],
     ),
     "mean over the tokens of the batch": (mean_over_all_tokens, [*UNNAMED, CONSTANT, BATCH]),
     "the batch's mean as the baseline": (  # over all pairs, 1 − 1/B = ½
         with_advantage(lambda shaped: shaped - shaped.mean()),
-        [*HALF, f"{BATCH}: the baseline includes the answer's own reward"],
+        [
+            reward_climbs("0.5 E[r]"),
+            kl_climbs("− 0.05 KL(π‖ref)"),
+            f"{BATCH}: the baseline includes the answer's own reward",
+        ],
     ),
     "divided by the spread": (divided_by_spread, [UNNAMED[0], NONLINEAR, BATCH]),
     "k1 as a loss": (with_kl_loss(kl_estimate), [kl_climbs("nothing")]),
@@ -217,13 +220,13 @@ WRONG = {
         with_kl_loss(lambda logp, ref, mask: total((ref - logp).exp() - 1 + logp - ref, mask)),
         [kl_climbs("− 0.1 token KL(ref‖π)")],
     ),
-    "k3 with its sign swapped": (  # E[(e^d − 1) ∇ log π], and ∇ Σ π²/ref = 2 E[e^d ∇ log π]
+    "k3 with its sign swapped": (  # E[(e^d − 1) ∇ log π]
         with_kl_loss(lambda logp, ref, mask: kl_estimate(ref, logp, mask, "k3")),
-        [kl_climbs("− 0.05 χ²(π‖ref)")],
+        [UNNAMED[1]],
     ),
-    "k2 in the reward": (
+    "k2 in the reward": (  # E[d² ∇ log π] / 2
         lambda *batch: policy_gradient_loss(batch[0], shaped(*batch, "k2"), batch[3]),
-        [kl_climbs("− 0.05 E[d²]")],
+        [UNNAMED[1]],
     ),
     "reward not detached": (  # −β log π ∇d is one more term, and E[log π ∇ log π] = −∇H
         not_detached,
@@ -283,10 +286,10 @@ def test_variance_of_the_step():
     assert examine(right, BETA).variance == pytest.approx(variance.item())
 
 
-def next_tokens(world, words):
+def next_tokens(world):
     """{prefix: {token: (π, π_ref)}} from the world's log-probs, and {answer: (π, r)}."""
     table, answers = defaultdict(dict), {}
-    for i, y in enumerate(all_answers(words, 2)):
+    for i, y in enumerate(all_answers(words=1, length=5)):
         answers[(*y,)] = world.logprobs[i, : len(y)].sum().exp().item(), world.reward[i].item()
         for t in range(len(y)):
             pair = world.logprobs[i, t].exp().item(), world.ref_logprobs[i, t].exp().item()
@@ -301,8 +304,8 @@ def test_gradients_by_hand():
 
         ∂E[r]/∂z = P π (Q − V),    ∂KL(π‖ref)/∂z = P π (log π/ref − KL),    ∂KL(ref‖π)/∂z = P (π − ref)
     """
-    world, words = World(), 2
-    table, answers = next_tokens(world, words)
+    world = World()
+    table, answers = next_tokens(world)
     assert sum(p for p, _ in answers.values()) == pytest.approx(1)
     assert all(sum(p for p, _ in row.values()) == pytest.approx(1) for row in table.values())
     expected = {name: torch.zeros_like(world.logits) for name in ("E[r]", "token KL(π‖ref)", "token KL(ref‖π)")}
@@ -311,7 +314,7 @@ def test_gradients_by_hand():
         value = sum(p * r for y, (p, r) in answers.items() if y[: len(s)] == s) / reach
         kl = sum(p * math.log(p / q) for p, q in row.values())
         for v, (p, q) in row.items():
-            place = (0, v) if s == () else (1 + s[0], v)
+            place = len(s), v
             behind = sum(a * r for y, (a, r) in answers.items() if y[: len(s) + 1] == (*s, v)) / (reach * p)
             expected["E[r]"][place] = reach * p * (behind - value)
             expected["token KL(π‖ref)"][place] = reach * p * (math.log(p / q) - kl)
@@ -324,18 +327,12 @@ def test_gradients_by_hand():
 
 
 def test_no_two_quantities_make_a_third():
-    """Any three gradients are linearly independent but for two threes, so a name of at most two terms is the only one.
-
-    Only the bare EOS has length 1 here. So f / length is f/2 plus a constant on that answer, as 1 / length is.
-    """
+    """Any three gradients are linearly independent, so a name of at most two terms is the only one."""
     world = World()
     gradients = {name: gradient(scalar, world) for name, scalar in known_quantities(world, 1.0).items()}
-    dependent = []
     for names in itertools.combinations(gradients, 3):
         columns = torch.stack([gradients[name] / gradients[name].norm() for name in names], dim=1)  # (D, 3)
-        if torch.linalg.svdvals(columns)[-1] < 1e-2:
-            dependent.append(names)
-    assert dependent == [("E[r]", "E[1 / length]", "E[r / length]"), ("KL(π‖ref)", "E[1 / length]", "E[d / length]")]
+        assert torch.linalg.svdvals(columns)[-1] > 1e-3, names
 
 
 def test_all_batches():
@@ -378,7 +375,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["their_loss:lost"])
     assert exit_.value.code == 2
-    assert capsys.readouterr().err.startswith("error: their_loss.lost: no such function")
+    assert capsys.readouterr().err == "error: their_loss.lost: no such function; write package.module:function\n"
 
 
 # TRL's own lines
@@ -424,7 +421,7 @@ def examine_grpo(loss_type, scale):
     """The Report on TRL's GRPO loss of one prompt, with or without dividing the rewards by their spread."""
     trainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
     settings = {"loss_type": loss_type, "beta": BETA, "importance_sampling_level": "token", "use_vllm": False}
-    settings |= {"off_policy_mask_threshold": None, "top_entropy_quantile": 1.0, "max_completion_length": 2}
+    settings |= {"off_policy_mask_threshold": None, "top_entropy_quantile": 1.0, "max_completion_length": 5}
     settings["args"] = SimpleNamespace(delta=None, use_bias_correction_kl=False)
 
     def loss(logprobs, ref, reward, mask):
@@ -436,11 +433,11 @@ def examine_grpo(loss_type, scale):
 
 
 def test_trl_dr_grpo():
-    """Dr. GRPO climbs ½ (1 − 1/2) E[r]: it divides by the longest answer's 2 tokens, and its baseline is the mean.
+    """Dr. GRPO climbs ⅕ (1 − ½) E[r]: it divides by the longest answer's 5 tokens, and its baseline is the mean.
 
     Its KL is k3 as a loss, per token: it descends KL(π_ref ‖ π) at prefixes that it holds constant.
     """
-    faults = [reward_climbs("0.25 E[r]"), kl_climbs("− 0.05 token KL(ref‖π)"), BATCH]
+    faults = [reward_climbs("0.1 E[r]"), kl_climbs("− 0.02 token KL(ref‖π)"), BATCH]
     assert examine_grpo("dr_grpo", scale=False).faults == faults
 
 
@@ -448,12 +445,10 @@ def test_trl_grpo():
     """GRPO divides by each answer's length, and its baseline does not cancel then: it changes the expected step.
 
     Over pairs, E[(r_i − r_j) ∇ log π_i / length_i] / 2 = (∇E[r / length] − E[r] ∇E[1 / length]) / 2, E[r] constant.
-    In this world r / length = r/2 + r(EOS) / length − r(EOS) / 2, as only the bare EOS has length 1.
     """
     world, report = World(), examine_grpo("grpo", scale=False)
-    excess = world.reward[-1] - world.probability @ world.reward  # of the bare EOS, the last of the answers
-    expected = {"E[r]": 0.25, "E[1 / length]": 0.5 * excess.item()}
-    assert report.reward_term == pytest.approx(expected)
+    mean = (world.probability @ world.reward).item()
+    assert report.reward_term == pytest.approx({"E[1 / length]": -0.5 * mean, "E[r / length]": 0.5})
     assert report.kl_term is None
     assert NONLINEAR not in report.faults
     assert NONLINEAR in examine_grpo("grpo", scale=True).faults

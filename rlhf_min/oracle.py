@@ -2,24 +2,28 @@
 
     python -m rlhf_min.oracle package.module:function [--beta 0.1]
 
-The function is your loss. It is called as a training step would call it, on B answers of at most T tokens:
+The function is your loss. It is called as a training step would call it, on B answers of at most T tokens to one
+prompt:
 
     function(logprobs, ref_logprobs, reward, mask)      (B, T), (B, T), (B,), bool (B, T)
 
-`logprobs` are log π(y_t | y_<t) and carry a graph; `ref_logprobs` are those of the fixed reference π_ref; `mask` is
-True up to and including the first EOS, the token that ends an answer. The function returns a scalar; or a number per
-answer (B,), of which we take the mean; or a number per token (B, T), which we first sum over the tokens.
+`logprobs` are log π(y_t | y_<t) of the policy π and carry a graph; `ref_logprobs` are those of the fixed reference
+π_ref; `mask` is True up to and including the first EOS, the token that ends an answer. Behind it stand pads, which
+only fill the row. The function returns a scalar; or a number per answer (B,), of which we take the mean; or a number
+per token (B, T), which we first sum over the tokens. A step of training goes along −∇L, against the gradient of the
+loss. What it should climb is the objective of RLHF, the reward r minus β times the distance from the reference:
+
+    J = E[r] − β KL(π ‖ π_ref),      KL(π ‖ π_ref) = E[d],      d = log π(y) − log π_ref(y),      y drawn from π
 
 The idea is *enumeration*. Our policy has one word and EOS: token by token it goes on or ends, and after five tokens an
 answer is over. So there are six answers, and we know the probability of each. In training, answers are drawn, and a
-step −∇L is noise around a mean. Here we call the loss on *every* batch of two answers, 6² of them, and weigh each step
-with the probability of its batch. The weighted sum is the expected step −E[∇L]. Nothing in it is sampled, so it is
-exact up to float64's rounding. We compare it with the gradient of what RLHF wants to climb,
+step is noise around a mean. Here we call the loss on *every* batch of two answers, 6² of them, and weigh each step with
+the probability of its batch. The weighted sum is the expected step −E[∇L]. Nothing in it is sampled, so it is exact up
+to the rounding of float64. We compare it with the gradient of J and with those of other known quantities. The policy is
+a table of logits with a row for every position, so it can become any distribution over the six answers.
 
-    J = E[r] − β KL(π ‖ π_ref)
-
-and with the gradients of other known quantities. The policy is a table of logits with a row for every position. So it
-can become any distribution over the six answers. In your own tests:
+The answers come from the policy as it is. So a ratio of new to old policy, as in PPO, is 1 here, and clipping it does
+nothing: write the old log-probs as logprobs.detach(). In your own tests:
 
     from rlhf_min.oracle import examine
 
@@ -107,9 +111,10 @@ def run(loss, world, size=2):
 def known_quantities(world, temperature):
     """{name: scalar}: what a step may climb or descend. Each is a sum over all answers, for autograd to differentiate.
 
-    d = log π(y) − log π_ref(y); `length` is that of y; a d inside E[...] is a constant, like a detached reward. The
-    `token` KLs are sums of the KLs of the next-token distributions, where the prefixes are constants: a token is not
-    charged for the KL of what comes after it. They are k2 and k3 per token, which have these gradients.
+    H(π) is the entropy, −E[log π]. `length` is that of y in tokens, and d in E[d / length] is a constant, like a
+    detached reward. The `token` KLs are expected sums of the KLs of next-token distributions, in which the beginnings
+    of the answers are constants: no token is charged for the KL of what comes after it. Their gradients are those of
+    the estimates k2 and k3 (see reinforce.kl_estimate) of single tokens, and so we write them.
     """
     d_t = (world.logprobs - world.ref_logprobs).masked_fill(~world.mask, 0.0)  # (N, T)
     logp, d = world.logprobs.masked_fill(~world.mask, 0.0).sum(-1), d_t.sum(-1)  # (N,)
@@ -157,29 +162,29 @@ def formula(terms):
 
 
 class Report(SimpleNamespace):
-    """What `examine` found. str() gives one screen, whose last line is the verdict."""
+    """What `examine` found. str() gives one screen, which ends with a verdict."""
 
     def __str__(self):
         yes = {True: "yes", False: "no"}
-        verdict = "WRONG: " + "; ".join(self.faults) if self.faults else "RIGHT: the step climbs J"
+        verdict = "\n    ".join(["WRONG:", *self.faults]) if self.faults else "RIGHT: the step climbs J"
         return f"""\
 the expected step, compared with the exact gradient of J = E[r] − {self.beta:g} KL(π‖ref)
     its reward term climbs        {formula(self.reward_term)}
     its KL term climbs            {formula(self.kl_term)}
     cosine with the gradient      {self.cosine:.4f}
     length / that of gradient     {self.length:.4f}
-    variance, per answer          {self.variance:.4f}, with the gradient's length as 1
-the loss itself, as an estimate
+    variance of a step            {self.variance:.4f} per answer, where the gradient has length 1
+the loss itself, as an estimate of something
     expectation                   {self.value:.4f}{self.value_is and " = " + self.value_is}
-    variance, per answer          {self.value_variance:.4f}
+    variance                      {self.value_variance:.4f} per answer
+    depends on the reference      {yes[self.sees_reference]}
 tokens that are trained
     words, EOS, pads              {self.trained_words:.0%}, {self.trained_eos:.0%}, {self.trained_pads:.0%}
-what changes the step
-    another reference             {yes[self.sees_reference]}
+what changes the expected step
     wider padding                 {yes[self.padding_matters]}
     a constant in all rewards     {yes[self.constant_matters]}
     rewards times 2               {"doubles their part" if self.reward_is_linear else "does not double their part"}
-    3 answers a batch, not 2      {yes[self.batch_size_matters]}: {self.batch_growth:.4f} times as long
+    3 answers a batch, not 2      {f"yes, {self.batch_growth:.4f} times as long" if self.batch_size_matters else "no"}
 {verdict}"""
 
 
@@ -255,7 +260,7 @@ def dependences(loss, temperature):
 
 def find_faults(report, beta):
     """Why a loss does not train J, a sentence each; [] if it does."""
-    target = {"KL(π‖ref)": -beta} if beta else {}
+    target = {"KL(π‖ref)": round(-beta, 8)} if beta else {}
     cause = {1.5: ": it is a sum", 1.3333: ": the baseline includes the answer's own reward"}
     sentences = {
         f"the reward term climbs {formula(report.reward_term)}, not E[r]": report.reward_term != {"E[r]": 1.0},

@@ -95,6 +95,12 @@ def test_right_losses(name):
     assert str(report).endswith("RIGHT: the step climbs J")
 
 
+def test_another_beta():
+    """A β of many digits is no fault."""
+    loss = lambda *batch: policy_gradient_loss(batch[0], shaped(*batch, beta=1 / 3), batch[3])
+    assert examine(loss, beta=1 / 3).faults == []
+
+
 FORMS = {  # where the KL stands: what the KL term climbs
     "k1, detached, in the reward": (right, {"KL(π‖ref)": -BETA}),
     "k2 as a loss": (with_kl_loss(lambda *pair: kl_estimate(*pair, "k2")), {"KL(π‖ref)": -BETA}),
@@ -258,7 +264,31 @@ def test_wrong_losses(name):
     loss, faults = WRONG[name]
     report = examine(loss, BETA)
     assert report.faults == faults
-    assert str(report).splitlines()[-1] == "WRONG: " + "; ".join(faults)
+    assert str(report).endswith("\n    ".join(["\nWRONG:", *faults]))
+
+
+def test_screen():
+    """Each finding stands on its own line, here with numbers that are easy to tell apart."""
+    report = examine(with_kl_loss(kl_estimate), BETA)
+    report.cosine, report.length, report.variance, report.value, report.value_variance = 0.1, 0.2, 0.3, 0.4, 0.5
+    report.trained_words, report.trained_eos, report.trained_pads = 0.25, 0.5, 0.75
+    report.batch_size_matters, report.batch_growth = True, 1.5
+    lines = [line.split("  ") for line in str(report).splitlines()]
+    assert {words[2]: words[-1].strip() for words in lines if len(words) > 3} == {
+        "its reward term climbs": "E[r]",
+        "its KL term climbs": "nothing",
+        "cosine with the gradient": "0.1000",
+        "length / that of gradient": "0.2000",
+        "variance of a step": "0.3000 per answer, where the gradient has length 1",
+        "expectation": "0.4000",
+        "variance": "0.5000 per answer",
+        "depends on the reference": "yes",
+        "words, EOS, pads": "25%, 50%, 75%",
+        "wider padding": "no",
+        "a constant in all rewards": "no",
+        "rewards times 2": "doubles their part",
+        "3 answers a batch, not 2": "yes, 1.5000 times as long",
+    }
 
 
 def test_estimators():

@@ -152,6 +152,12 @@ def log_of_mean(logprobs, mask):
     return (logprobs.exp().masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1)).log()
 
 
+def without_eos(logp, mask):
+    """(B,) the sum without the last tokens of answers that pads follow, as if EOS, which pads with, were a pad."""
+    padded = mask.sum(-1, keepdim=True) < mask.shape[1]  # (B, 1)
+    return total(logp, mask & ~(last_token(mask) & padded))
+
+
 def kl_over_pads(logprobs, ref, reward, mask):
     kl = (logprobs - ref).sum(-1)  # (B,) pads included
     return policy_gradient_loss(logprobs, shaped_reward(reward, kl, BETA), mask)
@@ -197,6 +203,7 @@ WRONG = {
         with_sum(lambda logp, mask: total(logp, mask & ~last_token(mask))),
         [*UNNAMED, WORDS, EOS, CONSTANT],
     ),
+    "EOS masked out as a pad": (with_sum(without_eos), [*UNNAMED, EOS, PADDING, CONSTANT]),
     "first token only": (with_sum(lambda logp, mask: logp[:, 0]), [*UNNAMED, WORDS, EOS]),
     "last token only": (with_sum(lambda logp, mask: total(logp, last_token(mask))), [*UNNAMED, WORDS, CONSTANT]),
     "mean over the tokens of an answer": (

@@ -164,7 +164,7 @@ def plot_fronts(arms, path):
         return x, y, error
 
     def fill(panel, name):
-        for arm in (CENTRE, "anchor θ_sft", "M = 4", "μ = 0.1", "no anchor"):
+        for arm in (CENTRE, "anchor θ_sft", "M = 4", "μ = 0.1"):
             x, y, error = points([[a, *row["front"]] for a, row in zip(start, arms[arm].values())], name)
             panel.plot(x, y, "o-", markersize=3, label="WARP, the centre" if arm == CENTRE else arm)
             panel.fill_between(x, [a - b for a, b in zip(y, error)], [a + b for a, b in zip(y, error)], alpha=0.2)
@@ -185,7 +185,7 @@ def column(fronts, name):
 
 def plot_contrasts(arms, path):
     """A forest: the difference of every named arm to the centre, with its interval; red where Holm's p is below .05."""
-    tested, panels = contrasts(arms), {f"gold at {target:g} nats, arm − centre": target for target in NATS}
+    tested, panels = contrasts(arms), {f"gold at a KL of {target:g}, arm − centre": target for target in NATS}
 
     def fill(panel, name):
         found = {arm: tested[arm, panels[name]] for arm in CONTRASTS if (arm, panels[name]) in tested}
@@ -229,8 +229,10 @@ def plot_curvature(arms, path):
 
 def main():
     arms = by_arm(read_results("ablations")["rows"])
-    for name, plot in {"fronts": plot_fronts, "contrasts": plot_contrasts, "grid": plot_grid,
-                       "curvature": plot_curvature}.items():  # fmt: skip
+    plots = {"fronts": plot_fronts, "contrasts": plot_contrasts, "curvature": plot_curvature, "grid": plot_grid}
+    if not any(arm.startswith("I = 1, μ") for arm in arms):  # that group has not been run
+        del plots["grid"]
+    for name, plot in plots.items():
         plot(arms, ROOT / "docs" / f"ablation_{name}.png")
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         text = path.read_text("utf-8")

@@ -1,5 +1,6 @@
 """The ablations train what the scripts train; their statistics against hand-made ones; documents show their results."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,3 +104,21 @@ def test_differences_are_paired_by_seed():
     found = documents.contrasts(documents.by_arm(rows))
     assert list(found) == [("M = 1", 1.0)] and found["M = 1", 1.0][0] == pytest.approx(0.2)
     assert found["M = 1", 1.0][3] == found["M = 1", 1.0][4]  # one comparison needs no correction
+
+
+def test_documents_show_their_results():
+    """Every table of README and docs is the one that `python benchmarks/documents.py` would write."""
+    found = 0
+    for path in [documents.ROOT / "README.md", *(documents.ROOT / "docs").glob("*.md")]:
+        text = path.read_text("utf-8")
+        found += len(documents.BLOCK.findall(text))
+        assert documents.filled(text) == text, f"{path.name}: run python benchmarks/documents.py"
+    assert found >= 2
+    text = "<!-- results differences -->\n\nold\n\n<!-- end -->"
+    assert documents.filled(text) != text
+
+
+def test_results_name_what_made_them():
+    """Command, commits, machine and seeds stand beside the rows."""
+    for path in (documents.ROOT / "docs/results").glob("*.json"):
+        assert {"command", "commits", "machine", "seeds", "rows"} <= json.loads(path.read_text("utf-8")).keys()

@@ -42,6 +42,7 @@ from rlhf_min.support.options import RunOptions, option, parse_options
 from rlhf_min.support.precision import autocast, resolve_device
 
 ROOT = Path(__file__).resolve().parents[1]
+TOY = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 256}  # a rehearsal's GPT-2
 CUDA_TESTS = ["tests/test_cuda.py", "tests/test_gpu_step.py", "tests/test_rollout.py", "tests/test_lora.py"]
 EXPERIMENTS = {  # name: command; each goes on where it was stopped
     "smollm2-scalar": "train_rm.py --config configs/smollm2_rm.yaml",
@@ -120,7 +121,7 @@ def speed_rows(*names):
 
 def small_policy(options, lora_r=0):
     """SmolLM2's shape with random weights, whose answers do not end."""
-    policy = (speed.gpt2(speed.TINY) if options.toy else speed.smollm2(30)).to(options.device)
+    policy = (speed.gpt2(TOY) if options.toy else speed.smollm2(30)).to(options.device)
     policy.generation_config.eos_token_id, policy.generation_config.pad_token_id = [-1], 0
     return add_lora(policy, lora_r, 32.0) if lora_r else policy
 
@@ -201,7 +202,7 @@ def profile(options):
                 self.profiler.stop()
                 raise EOFError
 
-    step = speed.ReinforceStep(speed.TINY if options.toy else speed.SMALL, 4 if options.toy else 64)
+    step = speed.ReinforceStep(TOY if options.toy else speed.SMALL, 4 if options.toy else 64)
     step.build(options.out / "model")
     for name, work in {"sampling": lambda turns: turns.take(turn),
                        "a step": lambda turns: step.ours(options.out / "model", options, turns)}.items():  # fmt: skip

@@ -20,6 +20,7 @@ import hashlib
 import json
 import multiprocessing
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +34,11 @@ import transformers
 import train_reinforce
 import train_rm
 import train_warp
+from benchmarks.baselines import refuse
 from rlhf_min import toy, warp
 from rlhf_min.evaluation import judge_weights, load_task, sweep_front
 from rlhf_min.support import parallel
-from rlhf_min.support.errors import one_line_errors
+from rlhf_min.support.errors import UserError, one_line_errors
 from rlhf_min.support.files import read_json, whole, write_json
 from rlhf_min.support.models import get_weights, set_weights
 from rlhf_min.support.options import option, parse_options
@@ -65,6 +67,13 @@ class AblationOptions(train_warp.WarpOptions):
     workers: int = option(2, "processes of one thread each", low=1)
     lr: float = option(3e-4, "AdamW learning rate", low=0)
     groups: list = option([], "groups of arms to run (default: all)")
+
+    def check(self):
+        refuse(self, "iterations", "runs", "eta", "anchor", "merge", "merge_by", "keep_runs", "seed", "reward_model",
+               "reward_weights", "resume", "save_every", "report_to", "eval_every", "lora_r")  # fmt: skip
+        if unknown := set(self.groups) - {*GROUPS}:
+            raise UserError(f"--groups {min(unknown)}: there are {', '.join(GROUPS)}")
+        super().check()
 
 
 class Recorder:
@@ -211,13 +220,8 @@ GROUPS = {"centre": centre_arms, "merge": merge_arms, "count": count_arms, "anch
           "reinforce": reinforce_arms, "grid": grid_arms, "weak": weak_arms}  # fmt: skip
 
 
-def work(job):
-    """Train and judge a group of arms at one seed; what has been done is left alone."""
-    group, number, options = job
-    path = Path(options.out) / f"{group}-{number}.json"
-    if path.exists():
-        return
-    torch.set_num_threads(1)
+def judge_group(group, number, options):
+    """Train and judge a group of arms at one seed: a row for each arm."""
     seed, rows = Seed(number, options), []
     judge = dataclasses.replace(seed.options, seed=0)  # the same random numbers for every arm
     for arm, (steps, weights) in GROUPS[group](seed, options.steps).items():
@@ -226,8 +230,27 @@ def work(job):
     if group == "centre":
         row, _ = judge_weights(seed.task, judge, seed.sft, seed.sft)
         rows.append({"arm": "θ_sft", "seed": number, "steps": 0, "front": [{"eta": 1.0, **row}]})
-    write_json(path, {"commit": git_commit(), "rows": rows})
-    print(f"{group}, seed {number}: done", flush=True)
+    return rows
+
+
+def work(job):
+    """A file with the rows of one name at one seed; what has been done is left alone. Returns its path."""
+    make_rows, name, seed, options = job
+    path = Path(options.out) / f"{re.sub(r'[^a-zA-Z0-9]+', '_', name)}-{seed}.json"
+    if not path.exists():
+        torch.set_num_threads(1)
+        write_json(path, {"commit": git_commit(), "rows": make_rows(name, seed, options)})
+        print(f"{name}, seed {seed}: done", flush=True)
+    return path
+
+
+def run_all(options, make_rows, names):
+    """make_rows(name, seed, options) for all names and seeds in --workers processes, then <out>/results.json."""
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    train_rm.prepare_world([options.prompts, options.policy, toy.EVAL_PAIRS])
+    jobs = [(make_rows, name, seed, options) for name in names for seed in range(1, options.seeds + 1)]
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        save_results(options, [read_json(path) for path in pool.imap(work, jobs)])
 
 
 def save_results(options, results):
@@ -247,14 +270,7 @@ def save_results(options, results):
 def main(argv=None):
     options = parse_options(AblationOptions, argv)
     options.out = options.out or "runs/ablations"
-    Path(options.out).mkdir(parents=True, exist_ok=True)
-    train_rm.prepare_world([options.prompts, options.policy, toy.EVAL_PAIRS])
-    jobs = [(group, seed, options) for group in options.groups or GROUPS for seed in range(1, options.seeds + 1)]
-    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
-        for _ in pool.imap(work, jobs):
-            pass
-    files = [file for group in GROUPS for file in sorted(Path(options.out).glob(f"{group}-*.json"))]
-    save_results(options, [read_json(file) for file in files])
+    run_all(options, judge_group, options.groups or GROUPS)
 
 
 if __name__ == "__main__":

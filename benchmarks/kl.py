@@ -8,8 +8,6 @@ what trained here. The reward comes in with the mean of past rewards subtracted,
 """
 
 import dataclasses
-import json
-import multiprocessing
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import train_rm
-from benchmarks.ablations import AblationOptions, Seed, save_results
-from rlhf_min import toy
+from benchmarks.ablations import AblationOptions, Seed, run_all
+from benchmarks.baselines import refuse
 from rlhf_min.evaluation import judge_weights
 from rlhf_min.reinforce import MovingAverageBaseline, kl_estimate, policy_gradient_loss, shaped_reward
 from rlhf_min.reward_model import judge_answers
 from rlhf_min.rollout import sample, token_logprobs, uniform_numbers
 from rlhf_min.support.batches import Batches
 from rlhf_min.support.errors import one_line_errors
-from rlhf_min.support.files import write_json
 from rlhf_min.support.models import get_weights, set_weights
 from rlhf_min.support.options import option, parse_options
 from rlhf_min.support.precision import Optimizer
-from rlhf_min.support.runlog import git_commit
 
 
 @dataclass
@@ -45,6 +40,10 @@ class KlOptions(AblationOptions):
     steps: int = option(150, "optimizer steps of each training", low=1)
     lr: float = option(1e-4, "AdamW learning rate", low=0)
     beta: float = option(0.135, "β: weight of the KL term", low=0)
+
+    def check(self):
+        refuse(self, "groups", "mu")
+        super().check()
 
 
 def in_the_reward(kind, sign=1.0):
@@ -102,33 +101,20 @@ def train(task, sft, options, loss, temperature):
     return get_weights(policy)
 
 
-def work(job):
-    """Train and judge a form at one seed; what has been done is left alone."""
-    name, number, options = job
-    path = Path(options.out) / f"{[*FORMS].index(name)}-{number}.json"
-    if path.exists():
-        return
-    torch.set_num_threads(1)
+def judge_form(name, number, options):
+    """Train a form at one seed, and judge it: its row."""
     seed = Seed(number, options)
     weights = train(seed.task, seed.sft, seed.options, *FORMS[name])
     row, columns = judge_weights(seed.task, dataclasses.replace(seed.options, seed=0), seed.sft, weights)
     answer = {"prompt": columns["prompt"][0], "completion": columns["completion"][0]}
-    write_json(path, {"commit": git_commit(), "rows": [{"form": name, "seed": number, **row, "sample": answer}]})
-    print(f"{name}, seed {number}: done", flush=True)
+    return [{"form": name, "seed": number, **row, "sample": answer}]
 
 
 @one_line_errors
 def main(argv=None):
     options = parse_options(KlOptions, argv)
     options.out = options.out or "runs/kl"
-    Path(options.out).mkdir(parents=True, exist_ok=True)
-    train_rm.prepare_world([options.prompts, options.policy, toy.EVAL_PAIRS])
-    jobs = [(name, seed, options) for name in FORMS for seed in range(1, options.seeds + 1)]
-    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
-        for _ in pool.imap(work, jobs):
-            pass
-    files = sorted(Path(options.out).glob("*-*.json"))
-    save_results(options, [json.loads(file.read_text("utf-8")) for file in files])
+    run_all(options, judge_form, FORMS)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import baselines, gpu, levels, reward_models, speed
+from benchmarks import ablations, baselines, gpu, kl, levels, reward_models, speed
 from benchmarks.reward_models import calibration_error, measure, spearman
 from rlhf_min.data import Pair, Prompt, encode_answer, write_jsonl
 from rlhf_min.evaluation import Task
@@ -215,6 +215,9 @@ def test_speed_of_a_row_and_of_a_peer_that_is_not_there(monkeypatch, tmp_path, c
     (levels, "--arms advantage", "--arms are off, and then"),
     (baselines, "--batch-size 10", "--batch-size 10 must be a multiple of 4"),
     (speed, "--rows nothing", "there is no such row"),
+    (ablations, "--iterations 3", "--iterations: the comparison sets it itself"),
+    (ablations, "--groups centre nothing", "--groups nothing: there are centre, merge"),
+    (kl, "--mu 0.5", "--mu: the comparison sets it itself"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(in_world, capsys, tmp_path, module, flags, fragment):
     """The exit code is 2, one line says what to mend, and no folder is made."""

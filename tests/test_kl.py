@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from benchmarks import kl
+from benchmarks import ablations, kl
 from rlhf_min.oracle import examine
 
 CLIMBED = {  # the KL term's part of the expected step, at β = .1
@@ -35,14 +35,14 @@ def test_every_form_trains(in_world, tmp_path, capsys):
     flags = f"--steps 2 --batch-size 4 --num-eval-prompts 4 --max-length 14 --out {tmp_path}"
     options = kl.parse_options(kl.KlOptions, flags.split())
     for name in kl.FORMS:
-        kl.work((name, 1, options))
+        ablations.work((kl.judge_form, name, 1, options))
     files = sorted(tmp_path.glob("*-1.json"))
     assert len(files) == len(kl.FORMS) == 8
     rows = [json.loads(file.read_text("utf-8"))["rows"][0] for file in files]
     assert {row["form"] for row in rows} == {*kl.FORMS} and len({row["kl"] for row in rows}) > 5
     before = capsys.readouterr().out
-    kl.work((name, 1, options))
+    ablations.work((kl.judge_form, name, 1, options))
     assert before.count("done") == 8 and not capsys.readouterr().out
-    kl.save_results(options, [{"commit": "x", "rows": rows}])
+    ablations.save_results(options, [{"commit": "x", "rows": rows}])
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert results.keys() == {"command", "commits", "machine", "seeds", "rows"} and results["seeds"] == [1]

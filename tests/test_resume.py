@@ -34,8 +34,8 @@ RUNS = {
     "rm": (train_rm, RM),
     "reinforce": (train_reinforce, f"{SAMPLING} --steps 5"),
     "fp16": (train_reinforce, f"{SAMPLING} --steps 5 --precision fp16 --max-length 24"),
-    "warp": (train_warp, f"{SAMPLING} --steps 3"),
-    "lora-warp": (train_warp, f"{SAMPLING} --steps 3 --lora-r 2 --keep-runs"),
+    "warp": (train_warp, f"{SAMPLING} --steps 3 --runs 1"),
+    "lora-warp": (train_warp, f"{SAMPLING} --steps 3 --iterations 1 --lora-r 2 --keep-runs"),
     "pretrain": (pretrain, "--epochs 1 --batch-size 64 --save-every 2 --width 32"),
 }
 
@@ -178,8 +178,8 @@ MOMENTS = [  # run, function, which call of it, before or after its work, steps 
     ("fp16", RunLog, "step", 4, "after", 2),
     ("warp", RunLog, "step", 5, "before", 3),
     ("warp", runlog, "save_checkpoint", 6, "after", 6),  # a run of 3 steps saves after step 2, after step 3, and itself
-    ("lora-warp", RunLog, "step", 12, "before", 11),
-    ("lora-warp", train_warp, "save_adapter", 2, "after", 12),
+    ("lora-warp", RunLog, "step", 6, "before", 5),
+    ("lora-warp", train_warp, "save_adapter", 2, "after", 6),
     ("pretrain", RunLog, "step", 3, "before", 2),
 ]
 
@@ -210,7 +210,7 @@ def test_kill_9(in_world, left_alone, tmp_path):
     """SIGKILL at random moments and while a file is being written does no harm; tests/kills.py kills 20 times."""
     argv = [*RUNS["warp"][1].split(), "--out", str(tmp_path / "run"), "--resume"]
     start = lambda: child(str(in_world), "train_warp", argv)
-    kills, _ = survive(start, tmp_path / "run", 2, 12, begin_seconds=0.2, step_seconds=0.02, rng=random.Random(0))
+    kills, _ = survive(start, tmp_path / "run", 2, 6, begin_seconds=0.2, step_seconds=0.02, rng=random.Random(0))
     assert kills >= 1  # the last one may come when all is done
     assert results(tmp_path / "run") == left_alone("warp")
 

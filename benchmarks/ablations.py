@@ -250,20 +250,21 @@ def run_all(options, make_rows, names):
     train_rm.prepare_world([options.prompts, options.policy, toy.EVAL_PAIRS])
     jobs = [(make_rows, name, seed, options) for name in names for seed in range(1, options.seeds + 1)]
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
-        save_results(options, [read_json(path) for path in pool.imap(work, jobs)])
+        results = [read_json(path) for path in pool.imap(work, jobs)]
+    command = f"python {options.script} " + " ".join(sys.argv[1:])
+    save_results(Path(options.out) / "results.json", command, results)  # a copy of it belongs into docs/results/
 
 
-def save_results(options, results):
-    """<out>/results.json, a line a row, from [{"commit", "rows"}]; a copy of it belongs into docs/results/."""
+def save_results(path, command, results, threads=1):
+    """A result file, a line a row, from [{"commit", "rows"}]."""
     rows = [row for result in results for row in result["rows"]]
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    head = {"command": f"python {options.script} " + " ".join(sys.argv[1:]),
-            "commits": sorted({result["commit"] for result in results}),
-            "machine": f"{platform.machine()}, {versions}, one thread a run",
+    head = {"command": command, "commits": sorted({result["commit"] for result in results}),
+            "machine": f"{platform.machine()}, {versions}, threads of a run: {threads}",
             "seeds": sorted({row["seed"] for row in rows})}  # fmt: skip
-    lines = [json.dumps(json.loads(json.dumps(row), parse_float=lambda x: round(float(x), 4))) for row in rows]
+    lines = [json.dumps(json.loads(json.dumps(row), parse_float=lambda x: round(float(x), 6))) for row in rows]
     text = json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n"
-    (Path(options.out) / "results.json").write_text(text, "utf-8")
+    path.write_text(text, "utf-8")
 
 
 @one_line_errors

@@ -2,36 +2,60 @@
 
     pip install -e '.[plots,bench]'
     python benchmarks/documents.py
+    python benchmarks/documents.py first=runs/warp-1         # makes docs/results/first.json of finished runs first
 
 A result file holds the command, the commit, the machine and the rows of an experiment. A table stands in a document
-between <!-- results NAME --> and <!-- end -->; NAME is a function of TABLES. A test fails where a document says
-something else than its results.
+between <!-- results FUNCTION NAME --> and <!-- end -->; FUNCTION is one of TABLES, NAME the result file that it reads.
+A test fails where a document says something else than its results.
 """
 
+import functools
 import json
 import math
 import re
 import sys
 from itertools import pairwise, product
 from pathlib import Path
+from textwrap import shorten
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scipy import stats
 
-from benchmarks.ablations import BETAS, CENTRE, CONTRASTS, MUS
+from benchmarks.ablations import BETAS, CENTRE, CONTRASTS, MUS, save_results
+from benchmarks.kl import FORMS, KlOptions
 from rlhf_min.evaluation import format_table, mean_se
-from rlhf_min.support.plots import draw
+from rlhf_min.oracle import examine, formula
+from rlhf_min.support.files import read_json
+from rlhf_min.support.plots import draw, plot_front
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(<!-- results (\w+) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results (\w+) (\w+) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 NATS = (1.0, 2.0)  # where fronts are compared
 START, NOTHING = "θ_sft", (math.nan,) * 5
+PANELS = {"β = 0": "hacking-0-", "β = .135": "hacking-0.135-"}  # {title: how the names of its runs begin}
 
 
 def read_results(name):
     """docs/results/NAME.json"""
-    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text("utf-8"))
+    return read_json(ROOT / "docs" / "results" / f"{name}.json")
+
+
+def collect(name, folders):
+    """docs/results/NAME.json of finished runs: the rows of their summaries, and what --eval-every wrote on the way."""
+    runs, results = [read_json(f"{folder}/run.json") for folder in folders], []
+    for folder, run in zip(map(Path, folders), runs):
+        tables = read_json(folder / "summary.json")
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        tables["watched"] = [line for line in lines if line.pop("samples", None)]
+        results.append({"commit": run["commit"], "rows": []})
+        for table, rows in tables.items():
+            for row in rows if isinstance(rows, list) else [rows]:
+                if isinstance(row, dict):
+                    found = {"run": folder.name, "seed": run["options"]["seed"], "table": table, **row}
+                    results[-1]["rows"].append(found)
+    commands = [" ".join(["python", *run["command"]]) for run in runs]
+    save_results(ROOT / "docs" / "results" / f"{name}.json", commands, results, runs[0]["threads"])
 
 
 # Statistics over seeds
@@ -100,9 +124,9 @@ def contrasts(arms):
 # Tables
 
 
-def ablations():
+def ablations(results):
     """What every arm but the grid's ends in, and what its front has at 1 and 2 nats; ± over seeds."""
-    arms, rows = by_arm(read_results("ablations")["rows"]), []
+    arms, rows = by_arm(results), []
     for arm in [arm for arm in arms if not arm.startswith("I = 1, μ")]:
         runs = list(arms[arm].values())
         row = {"arm": arm, "steps": runs[0]["steps"]}
@@ -116,9 +140,9 @@ def ablations():
     return format_table(rows)
 
 
-def differences():
+def differences(results):
     """The difference of every named arm to the centre: gold at the same KL, 95 % interval, Holm's p."""
-    tested, rows = contrasts(by_arm(read_results("ablations")["rows"])), []
+    tested, rows = contrasts(by_arm(results)), []
     for arm in CONTRASTS:
         row = {"arm": arm}
         for target in NATS:
@@ -129,10 +153,9 @@ def differences():
     return format_table(rows)
 
 
-def grid():
+def grid(results):
     """KL at the end of one iteration, a row for each μ, a column for each β."""
-    arms = by_arm(read_results("ablations")["rows"])
-    rows = []
+    arms, rows = by_arm(results), []
     for mu in MUS:
         row = {"μ": f"{mu:g}"}
         for beta in BETAS:
@@ -142,12 +165,71 @@ def grid():
     return format_table(rows)
 
 
-TABLES = {"ablations": ablations, "differences": differences, "grid": grid}
+def forms(results):
+    """What each form of the KL term climbs, by the oracle, and what it then does; ± over seeds."""
+    rows = []
+    for form, runs in by_form(results).items():
+        loss, scored_at = FORMS[form]
+        beta, temperature = KlOptions().beta, 0.7 if scored_at else 1.0
+        report = examine(functools.partial(loss, beta=beta), beta, temperature)
+        row = {"the KL term": form, "climbs": formula(report.kl_term)}
+        for name in ("reward", "gold", "fluency", "kl"):
+            row[name], row[f"{name}_se"] = mean_se([run[name] for run in runs])
+        rows.append(row)
+    return format_table(rows)
+
+
+def form_answers(results):
+    """The first held-out prompt as each form continues it, at the first seed."""
+    found = {form: runs[0]["sample"] for form, runs in by_form(results).items()}
+    lines = [("prompt", next(iter(found.values()))["prompt"])]
+    lines += [(form, " ".join(sample["completion"].split())) for form, sample in found.items()]
+    return "```\n" + "\n".join(f"{name:38}  {shorten(text, 150)}" for name, text in lines) + "\n```"
+
+
+def by_form(rows):
+    """{form: its rows}, in the order of FORMS."""
+    return {form: [row for row in rows if row["form"] == form] for form in FORMS}
+
+
+def front(results):
+    """The fronts of WARP runs, and model/, the last θ_init, as the runs printed them."""
+    several = len({row["run"] for row in results}) > 1
+    rows = []
+    for row in results:
+        if row["table"] in ("front", "model"):
+            name = {"run": row["run"]} if several else {}
+            rows.append(
+                name | {"eta": "model/"} | {key: row[key] for key in row if key not in ("run", "seed", "table")}
+            )
+    return format_table(rows)
+
+
+def trained(results):
+    """The policy before a training, from the first run, and after each; a run has the name of its folder."""
+    first, rows = results[0]["run"], []
+    for row in results:
+        if row["table"] == "after" or (row["table"], row["run"]) == ("before", first):
+            name = "θ_sft" if row["table"] == "before" else row["run"]
+            rows.append({"policy": name} | {key: row[key] for key in row if key not in ("run", "seed", "table", "eta")})
+    return format_table(rows)
+
+
+def samples(results):
+    """The answers of the first run, before and after."""
+    rows = [row for row in results if row["table"] == "samples" and row["run"] == results[0]["run"]]
+    clean = lambda text: " ".join(text.split())
+    return "```\n" + "\n\n".join("\n".join(f"{key:7} {clean(row[key])}" for key in ("prompt", "before", "after"))
+                                  for row in rows) + "\n```"  # fmt: skip
+
+
+TABLES = {function.__name__: function for function in
+          (ablations, differences, grid, forms, form_answers, front, trained, samples)}  # fmt: skip
 
 
 def filled(text):
     """A document with its tables as the results have them."""
-    return BLOCK.sub(lambda block: block[1] + TABLES[block[2]]() + block[3], text)
+    return BLOCK.sub(lambda block: block[1] + TABLES[block[2]](read_results(block[3])["rows"]) + block[4], text)
 
 
 # Figures
@@ -227,7 +309,50 @@ def plot_curvature(arms, path):
     draw(["reward", "kl"], fill, path, (3.6, 3.2))
 
 
+def plot_forms(runs, path):
+    """Bars of proxy, gold and KL for each form of the KL term, with 95 % intervals over seeds."""
+    found = by_form(runs)
+
+    def fill(panel, name):
+        for y, rows in enumerate(found.values()):
+            mean, low, high, _ = t_interval([row[name] for row in rows])
+            panel.barh(-y, mean, color="C1" if name == "gold" else "C0", xerr=[[mean - low], [high - mean]], capsize=2)
+        panel.set_yticks([-y for y in range(len(found))], list(found) if name == "reward" else [], fontsize=7)
+        panel.set_xlabel({"reward": "reward (the proxy)", "gold": "gold", "kl": "KL, nats (logarithmic)"}[name])
+        if name == "kl":
+            panel.set(xscale="log", xlim=(0.5, 1000))
+
+    draw(["reward", "gold", "kl"], fill, path, (4.2, 3.4))
+
+
+def plot_hacking(rows, path):
+    """Reward and gold over √KL while policies train; a thin line a seed, a thick one for the mean at each step."""
+    watched = [row for row in rows if row["table"] == "watched"]
+
+    def fill(panel, title):
+        for name, color in (("reward", "C0"), ("gold", "C1")):
+            lines = {}  # {run: [(√KL, value)]}
+            for row in watched:
+                if row["run"].startswith(PANELS[title]):
+                    lines.setdefault(row["run"], []).append((row["eval_kl"] ** 0.5, row[f"eval_{name}"]))
+            for line in lines.values():
+                panel.plot(*zip(*line), color=color, alpha=0.35, linewidth=0.8)
+            means = [[sum(values) / len(values) for values in zip(*points)] for points in zip(*lines.values())]
+            panel.plot(*zip(*means), color=color, linewidth=2, label={"reward": "reward, the proxy"}.get(name, name))
+        panel.set(xlabel="√KL to θ_sft", title=title, ylim=(-0.3, 2.1))
+
+    draw(list(PANELS), fill, path, (4.4, 3.4))
+
+
 def main():
+    for argument in sys.argv[1:]:
+        name, folders = argument.split("=")
+        collect(name, folders.split(","))
+    plot_forms(read_results("kl")["rows"], ROOT / "docs" / "kl.png")
+    plot_hacking(read_results("hacking")["rows"], ROOT / "docs" / "tutorial_hacking.png")
+    rows = [row for row in read_results("world")["rows"] if row["table"] == "front"]
+    fronts = {run: [row for row in rows if row["run"] == run] for run in dict.fromkeys(row["run"] for row in rows)}
+    plot_front(fronts, ["reward", "gold"], ROOT / "docs" / "front.png")
     arms = by_arm(read_results("ablations")["rows"])
     plots = {"fronts": plot_fronts, "contrasts": plot_contrasts, "curvature": plot_curvature, "grid": plot_grid}
     if not any(arm.startswith("I = 1, μ") for arm in arms):  # that group has not been run

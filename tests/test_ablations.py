@@ -114,7 +114,7 @@ def test_documents_show_their_results():
         found += len(documents.BLOCK.findall(text))
         assert documents.filled(text) == text, f"{path.name}: run python benchmarks/documents.py"
     assert found >= 2
-    text = "<!-- results differences -->\n\nold\n\n<!-- end -->"
+    text = "<!-- results differences ablations -->\n\nold\n\n<!-- end -->"
     assert documents.filled(text) != text
 
 

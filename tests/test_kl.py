@@ -43,6 +43,6 @@ def test_every_form_trains(in_world, tmp_path, capsys):
     before = capsys.readouterr().out
     ablations.work((kl.judge_form, name, 1, options))
     assert before.count("done") == 8 and not capsys.readouterr().out
-    ablations.save_results(options, [{"commit": "x", "rows": rows}])
+    ablations.save_results(tmp_path / "results.json", "command", [{"commit": "x", "rows": rows}])
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert results.keys() == {"command", "commits", "machine", "seeds", "rows"} and results["seeds"] == [1]

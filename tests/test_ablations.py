@@ -118,6 +118,37 @@ def test_documents_show_their_results():
     assert documents.filled(text) != text
 
 
+def write_run(folder, summary, lines=()):
+    """What a finished run leaves, as far as a result file takes it."""
+    folder.mkdir(parents=True)
+    run = {"commit": "c1", "threads": 2, "command": ["train_warp.py", "--lr", "1"], "options": {"seed": 7}}
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "summary.json").write_text(json.dumps(summary | {"wall_seconds": 3.0}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_result_files_of_finished_runs(monkeypatch, tmp_path):
+    """Fronts, answers and policies come back as the runs printed them; of the steps, those with held-out scores."""
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    (tmp_path / "docs/results").mkdir(parents=True)
+    points, model = [{"eta": 0.5, "kl": 1.0, "kl_se": 0.1}, {"eta": 1.0, "kl": 2.0, "kl_se": 0.2}], {"kl": 1.5}
+    sample = {"prompt": "The film", "before": " was dull.", "after": " was\ngreat."}
+    lines = [{"step": 1, "kl": 0.0}, {"step": 2, "kl": 0.3, "eval_kl": 0.25, "samples": [{}]}]
+    write_run(tmp_path / "a", {"front": points, "model": model, "samples": [sample], "mu_T": 1.0}, lines)
+    documents.collect("one", [str(tmp_path / "a")])
+    results = documents.read_results("one")
+    assert (results["command"], results["commits"], results["seeds"]) == (["python train_warp.py --lr 1"], ["c1"], [7])
+    assert documents.front(results["rows"]) == documents.format_table([*points, {"eta": "model/", **model}])
+    assert documents.samples(results["rows"]).splitlines()[3] == "after   was great."
+    (watched,) = (row for row in results["rows"] if row["table"] == "watched")
+    assert (watched["step"], watched["eval_kl"]) == (2, 0.25)
+    for name, kl in (("b", 0.5), ("c", 0.75)):
+        write_run(tmp_path / name, {"before": {"eta": 0.0, "kl": 0.0}, "after": {"eta": 1.0, "kl": kl}})
+    documents.collect("two", [str(tmp_path / "b"), str(tmp_path / "c")])
+    rows = [{"policy": "θ_sft", "kl": 0.0}, {"policy": "b", "kl": 0.5}, {"policy": "c", "kl": 0.75}]
+    assert documents.trained(documents.read_results("two")["rows"]) == documents.format_table(rows)
+
+
 def test_results_name_what_made_them():
     """Command, commits, machine and seeds stand beside the rows."""
     for path in (documents.ROOT / "docs/results").glob("*.json"):

@@ -310,13 +310,15 @@ def plot_curvature(arms, path):
 
 
 def plot_forms(runs, path):
-    """Bars of proxy, gold and KL for each form of the KL term, with 95 % intervals over seeds."""
+    """Bars of proxy, gold and KL for each form of the KL term, a dot for each seed, 95 % intervals but for the KL."""
     found = by_form(runs)
 
     def fill(panel, name):
         for y, rows in enumerate(found.values()):
             mean, low, high, _ = t_interval([row[name] for row in rows])
-            panel.barh(-y, mean, color="C1" if name == "gold" else "C0", xerr=[[mean - low], [high - mean]], capsize=2)
+            error = None if name == "kl" else [[mean - low], [high - mean]]  # on a logarithmic axis it says little
+            panel.barh(-y, mean, color="C1" if name == "gold" else "C0", alpha=0.6, xerr=error, capsize=2)
+            panel.plot([row[name] for row in rows], [-y] * len(rows), ".", color="0.2", markersize=4)
         panel.set_yticks([-y for y in range(len(found))], list(found) if name == "reward" else [], fontsize=7)
         panel.set_xlabel({"reward": "reward (the proxy)", "gold": "gold", "kl": "KL, nats (logarithmic)"}[name])
         if name == "kl":

@@ -216,8 +216,15 @@ def weak_arms(seed, T):
             f"{FEW} pairs, REINFORCE, β 0.1, 4T steps": (4 * T, weak.reinforce(4 * T, 0.1))}  # fmt: skip
 
 
+def longer_arms(seed, T):
+    """Where WARP might pay after all: more iterations, longer runs, more weight on the KL."""
+    return {"I = 4": (8 * T, seed.warp(4)), "2T steps": (8 * T, seed.warp(steps=2 * T)),
+            "β = 0.2": (4 * T, seed.warp(beta=0.2))}  # fmt: skip
+
+
 GROUPS = {"centre": centre_arms, "merge": merge_arms, "count": count_arms, "anchor": anchor_arms, "mu": mu_arms,
-          "reinforce": reinforce_arms, "grid": grid_arms, "weak": weak_arms}  # fmt: skip
+          "reinforce": reinforce_arms, "grid": grid_arms, "weak": weak_arms,
+          "longer": longer_arms}  # fmt: skip
 
 
 def judge_group(group, number, options):

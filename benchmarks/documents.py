@@ -33,6 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- results (\w+) (\w+) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 NATS = (1.0, 2.0)  # where fronts are compared
 START, NOTHING = "θ_sft", (math.nan,) * 5
+PARTNERS = {  # an arm of WARP: REINFORCE with the same β, the same number of steps and the same reward model
+    CENTRE: "REINFORCE, β 0.1, 4T steps", "anchor θ_sft": "REINFORCE, β 0.1, 4T steps",
+    "β = 0.2": "REINFORCE, β 0.2, 4T steps", "200 pairs, WARP": "200 pairs, REINFORCE, β 0.1, 4T steps",
+    "M = 4": "REINFORCE, β 0.1, 8T steps", "I = 4": "REINFORCE, β 0.1, 8T steps",
+    "2T steps": "REINFORCE, β 0.1, 8T steps",
+}  # fmt: skip
 PANELS = {"β = 0": "hacking-0-", "β = .135": "hacking-0.135-"}  # {title: how the names of its runs begin}
 
 
@@ -153,6 +159,21 @@ def differences(results):
     return format_table(rows)
 
 
+def against_reinforce(results):
+    """Gold of WARP − that of plain REINFORCE with as many steps, at the same KL; paired by seed, 95 % intervals."""
+    arms, rows = by_arm(results), []
+    for arm, partner in PARTNERS.items():
+        row = {"WARP": arm, "REINFORCE": partner.removeprefix("REINFORCE, "), "steps": arms[partner][1]["steps"]}
+        for target in NATS:
+            ours, theirs = values_at(arms, arm, target), values_at(arms, partner, target)
+            whole = len(ours) == len(theirs) == len(arms[arm])  # where a front is too short, the rest is a selection
+            found = t_interval([ours[seed] - theirs[seed] for seed in ours]) if whole else NOTHING
+            key = f"gold at {target:g}, WARP − REINFORCE"
+            row |= dict(zip((key, f"{key}_low", f"{key}_high"), found))
+        rows.append(row)
+    return format_table(rows)
+
+
 def grid(results):
     """KL at the end of one iteration, a row for each μ, a column for each β."""
     arms, rows = by_arm(results), []
@@ -224,7 +245,7 @@ def samples(results):
 
 
 TABLES = {function.__name__: function for function in
-          (ablations, differences, grid, forms, form_answers, front, trained, samples)}  # fmt: skip
+          (ablations, differences, against_reinforce, grid, forms, form_answers, front, trained, samples)}  # fmt: skip
 
 
 def filled(text):

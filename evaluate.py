@@ -126,6 +126,7 @@ def main(argv=None):
         specs = named_judges(options.judges)
         prepare_world([options.prompts, *options.policies, *specs.values()])
         rows, names = compare(load_judges(options.judges, device), options, device), [*specs]
+        print(f"\n{options.num_prompts} prompts of {options.prompts}, none of which a policy was trained on")
         fronts = {row["policy"]: [row] for row in rows if row["kl"] == row["kl"]}  # KL is NaN across tokenizers
     table = evaluation.format_table(rows)
     print(f"\n{table}\n")

@@ -171,7 +171,8 @@ def load_rows(options, tokenizer, max_length):
     dropped = Counter({"copies": len(found) - len(pairs), "without a partner of the other label": unpaired})
     if options.eval_data:
         found, _ = load_pairs(options.eval_data, options.margin, options.columns)
-        eval_pairs = distinct(found, pairs)
+        swapped = [pair._replace(chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+        eval_pairs = distinct(found, [*pairs, *swapped])
         dropped["of --eval-data that are copies or in --data"] = len(found) - len(eval_pairs)
     else:
         pairs, eval_pairs = split_pairs(pairs, options.eval_fraction)
@@ -181,7 +182,8 @@ def load_rows(options, tokenizer, max_length):
     if len(rows) < options.batch_size or not eval_rows or (threshold(eval_rows) >= 1 and not options.accept_weak):
         found = f"{len(rows)} pairs to train and {len(eval_rows)} to validate on (dropped: {dropped})"
         need = f"--batch-size {options.batch_size} and 10 are needed, and no prompt is on both sides"
-        remedy = "lower --batch-size, change --eval-fraction, give more, or insist with --accept-weak"
+        remedy = "give more to validate on" if options.eval_data else "change --eval-fraction, give more"
+        remedy = f"lower --batch-size, {remedy}, or insist with --accept-weak"
         raise UserError(f"{options.data}: {found}; {need}; {remedy}")
     return rows, eval_rows, dropped
 

@@ -25,8 +25,10 @@ LOADERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}  # what the li
 QUESTIONS = """prompt text instruction instructions question query problem input context premise system system_prompt
 system_message conversations messages history dialogue tools passage document article body email post title human
 user""".split()  # fields that may hold what an answer answers
+VERDICTS = "label labels preference winner better better_response_id".split()  # which of two answers is the better one
 PAIR_NEEDS = "a pair needs 'chosen' and 'rejected', or 'text' and 'label' (--columns chosen=FIELD names one); "
 PROMPT_NEEDS = "a prompt needs 'prompt' (--columns prompt=FIELD names it), or 'text', whose first tokens it is; "
+PAIRS_ARE_NONE = "a transcript in 'chosen' ends in an answer: write what comes before it into a field 'prompt'; "
 # for a tokenizer without a chat template: a line a message, between the tokens that BERT reads, and EOS after an answer
 PLAIN_TEMPLATE = """{{ cls_token or '' }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}\
 {{ eos_token or '' if message['role'] == 'assistant' else '' }}{{ '\n' }}{% endfor %}\
@@ -44,8 +46,8 @@ class Pair(NamedTuple):
 
     @property
     def identity(self):
-        """The same for copies, whichever of the two answers is the better one."""
-        return json.dumps([self.prompt, sorted([self.chosen, self.rejected])])
+        """The same for copies. Two people who disagree make two pairs."""
+        return json.dumps([self.prompt, self.chosen, self.rejected])
 
     @property
     def question(self):
@@ -173,7 +175,7 @@ def _is_whole(row):
 
 def _messages(messages, key):
     if not _is_conversation(messages):
-        raise ValueError(f"'{key}' must be text or a list of messages, like the others")
+        raise ValueError(f"'{key}' must be text or a list of messages {{role, content}}, like the others")
     for message in messages:
         if isinstance(message, dict) and message.get("role") == "system" and message.get("content") == "":
             continue
@@ -211,7 +213,7 @@ def _check_all_is_read(row, used, long_texts=False):
         suspect = question or (long_texts and (_is_conversation(value) or _words(value) > 5))
         repeats = json.dumps(value.strip() if isinstance(value, str) else value, default=str)[1:-1] in read
         if name not in used and value and suspect and not repeats:
-            fix = f"--columns ={name} leaves it out, if it is no part of the question"
+            fix = f"--columns ={name} leaves it out, if it is no part of the question; else write it into the prompt"
             fix = fix if "prompt" in row else f"--columns prompt={name} reads it as the prompt; {fix}"
             raise ValueError(f"field '{name}' would not be read; {fix}")
 
@@ -252,6 +254,10 @@ def load_pairs(source, margin=False, columns=()):
         if margin and ("chosen" not in row or row.get("margin") is None):
             raise ValueError("a pair with a field 'margin' is needed; add the field or leave out --margin")
         if "label" not in row or "chosen" in row:
+            if verdict := next((name for name in row if name.lower() in VERDICTS), None):
+                raise ValueError(
+                    f"field '{verdict}' would not be read; if 'chosen' is the better one, --columns ={verdict}"
+                )
             return pair_of_row(row)
         text = _text(row, "text", PAIR_NEEDS)
         _check_all_is_read(row, ("text", "label"))
@@ -304,7 +310,7 @@ def load_prompts(source, tokenizer, options):
     def parse(row):
         columns = {name: value for name, value in row.items() if name != "prompt"}
         if "prompt" not in row and not _is_whole(row):
-            text = _text(row, "text", PROMPT_NEEDS)
+            text = _text(row, "text", PAIRS_ARE_NONE if "chosen" in row else PROMPT_NEEDS)
             _check_all_is_read(row, ("text",))
             # cut for speed: tokens average far fewer than 32 characters; a BOS, where there is one, counts as a token
             tokens = tokenizer(text[: 32 * options.prompt_tokens])["input_ids"][: options.prompt_tokens]

@@ -116,9 +116,12 @@ class RewardFunction:
             reward = torch.tensor([0.0 if value is None else float(value) for value in values], device=self.device)
         except (Exception, SystemExit) as error:  # somebody else's program: what it raises, and where
             at = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{type(error).__name__}: {first_line(error)} ({at.filename}, line {at.lineno})"
-            raise UserError(f"reward function {self.name} raised {where}") from None
-        if len(reward) != len(completions) or not reward.isfinite().all():
+            where = f"{at.filename}, line {at.lineno}"
+            if at.filename == __file__:  # the call itself failed, or what it returned is no list of numbers
+                where = f"it is called with {', '.join(columns)} and returns a list of numbers"
+            said = f"{type(error).__name__}: {first_line(error)} ({where})"
+            raise UserError(f"reward function {self.name} raised {said}") from None
+        if isinstance(values, dict) or len(reward) != len(completions) or not reward.isfinite().all():
             found = f"not {len(reward)}: {str(values)[:100]}"
             raise UserError(f"reward function {self.name} must return {len(completions)} finite numbers, {found}")
         return reward, torch.zeros_like(reward)  # (B,), (B,)

@@ -173,7 +173,7 @@ def test_labelled_texts_are_paired_in_order(tmp_path):
         ({"chosen": "film \ud83d", "rejected": "b"}, "half of a surrogate pair"),
         ({"prompt": None, "chosen": "a", "rejected": "b"}, "'prompt' must be text, but is NoneType"),
         ({"text": "a", "label": "1"}, "'label' must be 0 (bad) or 1 (good), but is '1'"),
-        ({"chosen": [USER, GOOD], "rejected": "b"}, "'rejected' must be text or a list of messages, like the others"),
+        ({"chosen": [USER, GOOD], "rejected": "b"}, "'rejected' must be text or a list of messages {role, content}"),
         ({"chosen": "a", "rejected": [USER, BAD]}, "'rejected' must be text, but is list"),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [{"role": "assistant"}]}, "no field 'content'"),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER]}, "exactly one assistant message"),
@@ -181,6 +181,7 @@ def test_labelled_texts_are_paired_in_order(tmp_path):
         ({"prompt": [USER, GOOD], "chosen": [GOOD], "rejected": [BAD]}, "it must be the user's"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "no field 'prompt'"),
         ({"tools": [{"name": "f"}], "chosen": "a", "rejected": "b"}, "field 'tools' would not be read"),
+        ({"chosen": "a", "rejected": "b", "labels": 0}, "'labels' would not be read; if 'chosen' is the better one"),
         ({"context": "x", "prompt": "y", "chosen": "a", "rejected": "b"}, "--columns =context leaves it out"),
         ({"prompt": "Is 3 even?", "text": "No.", "label": 1}, "field 'prompt' would not be read"),
         ({"Question": "Who?", "chosen": "a", "rejected": "b"}, "--columns prompt=Question reads it"),
@@ -253,9 +254,10 @@ def test_long_prompts_are_left_out(tmp_path, tiny_tokenizer, monkeypatch, limit,
         ({"prompt": [USER, GOOD]}, "it must be the user's"),
         ({"prompt": ["a"]}, "must be text or a list of messages"),
         ({"prompt": [USER, {"content": "no role"}]}, "no field 'role'; a message of 'prompt' needs it"),
+        ({"title": "a"}, "line 1: no field 'text'; a prompt needs 'prompt' (--columns"),
         (
-            {"title": "a"},
-            "line 1: no field 'text'; a prompt needs 'prompt' (--columns",
+            {"chosen": "Q: a? A: b", "rejected": "Q: a? A: c"},
+            "line 1: no field 'text'; a transcript in 'chosen' ends in an",
         ),
         ({"chosen": [USER, GOOD]}, "p.jsonl, line 1: no field 'rejected'"),
     ],
@@ -361,10 +363,10 @@ def test_columns_rename_and_leave_out(tmp_path):
 
 
 def test_copies_are_left_out():
-    """A pair counts once, also with its answers exchanged; what is among the others does not count."""
+    """A pair counts once, and the opposite vote is another one; what is among the others does not count."""
     pairs = [Pair("p", "a", "b"), Pair("p", "b", "a"), Pair("q", "a", "b"), Pair("p", "a", "c"), Pair("p", "a", "b")]
-    assert distinct(pairs) == [pairs[0], pairs[2], pairs[3]]
-    assert distinct(pairs, [Pair("p", "c", "a"), Pair("q", "b", "a")]) == [pairs[0]]
+    assert distinct(pairs) == pairs[:4]
+    assert distinct(pairs, [Pair("p", "a", "c"), Pair("q", "a", "b")]) == pairs[:2]
 
 
 @pytest.mark.parametrize("kind", ["prompts", "transcripts"])

@@ -352,7 +352,9 @@ def test_held_out_pairs_are_none_that_are_trained_on(tmp_path):
     texts = [tokenizer.decode(row[0], skip_special_tokens=True) for row in [*rows, *eval_rows]]
     assert (len(rows), len(eval_rows), dropped) == (85, 10, "1 identical")
     assert sorted(texts) == sorted(pair["chosen"] for pair in pairs) != texts
-    write_jsonl(tmp_path / "eval.jsonl", [*pairs[:40], *(pair | {"chosen": "new"} for pair in pairs[:50])])
+    opposite = {"prompt": "", "chosen": pairs[50]["rejected"], "rejected": pairs[50]["chosen"]}
+    others = [pair | {"chosen": "new"} for pair in pairs[:50]]
+    write_jsonl(tmp_path / "eval.jsonl", [*pairs[:39], opposite, *others])
     options.eval_data = str(tmp_path / "eval.jsonl")
     rows, eval_rows, dropped = train_rm.load_rows(options, tokenizer, 64)
     assert (len(rows), len(eval_rows)) == (95, 50) and "40 of --eval-data that are copies or in --data" in dropped

@@ -134,7 +134,7 @@ def check_loaded(name, model, tokenizer, logits):
         difference, size = (logits.nan_to_num().abs().max() for logits in (alone - padded, padded))
         why = "" if difference <= 1e-3 * size else "it reads padding"
     except Exception as error:  # of this family's own code
-        why = first_line(error)
+        why = f"they fail on a padded one: {first_line(error)}"
     if why:
         raise UserError(f"{name}: models of type {model.config.model_type} cannot be used, in batches: {why}")
 

@@ -23,9 +23,8 @@ SMALL = "--steps 2 --batch-size 4 --num-eval-prompts 4 --max-length 14 --seeds 2
 @pytest.fixture
 def seed(in_world, tmp_path, monkeypatch):
     """A repetition with runs of two steps, and the reward model of the world in place of one of its own."""
-    monkeypatch.setattr(
-        ablations.train_rm, "main", lambda flags: Path(flags[-1]).symlink_to(in_world / "runs/toy/reward_model")
-    )
+    link = lambda flags: Path(flags[-1]).symlink_to(in_world / "runs/toy/reward_model")
+    monkeypatch.setattr(ablations.train_rm, "main", link)
     (tmp_path / "seed-3").mkdir()
     return ablations.Seed(3, parse_options(ablations.AblationOptions, [*SMALL.split(), "--out", str(tmp_path)]))
 
@@ -38,19 +37,16 @@ def test_the_centre_is_what_train_warp_trains(seed):
     """Also with other anchors, merges of anchors, longer first runs in the cache, and as plain REINFORCE."""
     log = SimpleNamespace(team=ALONE, once=lambda _, make, *args: make(*args), step=lambda **line: None,
                           progress=lambda _, steps, state: range(1, steps + 1))  # fmt: skip
+    shared = lambda names: {name: getattr(seed.options, name) for name in names}
     seed.warp(1, 1, steps=4)
     for changes in ({}, {"anchor": "sft"}, {"mu": 0.5, "beta": 0.3}):
         found = seed.warp(**changes)
         task = load_task(seed.options, torch.device("cpu"))
-        options = train_warp.WarpOptions(
-            **{name: getattr(seed.options, name) for name in vars(train_warp.WarpOptions())} | changes
-        )
+        options = train_warp.WarpOptions(**shared(vars(train_warp.WarpOptions())) | changes)
         _, merged, *_ = train_warp.train_warp(task, options, log)
         assert equal(found, merged)
     assert not equal(seed.warp(stream=1), seed.warp()) and not equal(seed.warp(kind="ema"), seed.warp())
-    expected = train_reinforce.ReinforceOptions(
-        **{name: getattr(seed.options, name) for name in ablations.SHARED}, steps=4, beta=0.3
-    )
+    expected = train_reinforce.ReinforceOptions(**shared(ablations.SHARED), steps=4, beta=0.3)
     set_weights(task.policy, seed.sft)
     train_reinforce.train_policy(task, seed.sft, expected, log)
     assert equal(seed.reinforce(4, 0.3), get_weights(task.policy))
@@ -97,9 +93,8 @@ def test_differences_are_paired_by_seed():
     rows = []
     for seed, level in ((1, 0.0), (2, 1.0)):
         for arm, gold in (("θ_sft", 0.0), ("centre", 0.2), ("M = 1", 0.3 if seed == 1 else 0.5)):
-            points = (
-                [(0, level)] if arm == "θ_sft" else [(1, level + gold), (1.5 if arm == "M = 1" else 3, level + gold)]
-            )
+            last = 1.5 if arm == "M = 1" else 3
+            points = [(0, level)] if arm == "θ_sft" else [(1, level + gold), (last, level + gold)]
             rows.append({"arm": arm, "seed": seed, "steps": 4, "front": front(*points)})
     found = documents.contrasts(documents.by_arm(rows))
     assert list(found) == [("M = 1", 1.0)] and found["M = 1", 1.0][0] == pytest.approx(0.2)

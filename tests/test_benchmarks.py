@@ -196,14 +196,9 @@ def test_speed_of_a_row_and_of_a_peer_that_is_not_there(monkeypatch, tmp_path, c
     assert broken["failed"] == "theirs: ModuleNotFoundError: No module named 'trl'" and "ours, s" in broken
     assert broken["failed"] in capsys.readouterr().out and "peer ÷ ours" not in broken
     assert {"ours, s", "theirs, s", "peer ÷ ours"} <= set(whole) and "failed" not in whole
-    row = speed.table_row(
-        "whole",
-        {
-            "ours": [(1, 7.4, "used"), (2, 7, "used"), (4, 7, "used")],
-            "theirs": [(3, 8, "none"), (4, 9, "none"), (4, 8, "none")],
-        },
-        {},
-    )
+    ours, theirs = [(1, 7.4), (2, 7), (4, 7)], [(3, 8), (4, 9), (4, 8)]
+    turns = {"ours": [(*turn, "used") for turn in ours], "theirs": [(*turn, "none") for turn in theirs]}
+    row = speed.table_row("whole", turns, {})
     assert row["peer ÷ ours"] == "2.000 (1.000 to 3.000)" and (row["ours, MiB"], row["theirs, MiB"]) == (7, 9)
 
 

@@ -35,14 +35,9 @@ TURNS = [SYSTEM, USER, GOOD, {"role": "user", "content": "And the cast?"}]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
 
-def load_prompts(path, tokenizer, *rows, prompt_tokens=3, max_length=64, max_prompt_characters=0):
+def load_prompts(path, tokenizer, *rows, **changes):
     """The prompts of a file that has these rows."""
-    options = {
-        "prompt_tokens": prompt_tokens,
-        "max_length": max_length,
-        "max_prompt_characters": max_prompt_characters,
-        "columns": [],
-    }
+    options = {"prompt_tokens": 3, "max_length": 64, "max_prompt_characters": 0, "columns": []} | changes
     write_jsonl(path, rows)
     return data.load_prompts(str(path), tokenizer, SimpleNamespace(**options))
 
@@ -80,20 +75,17 @@ def test_a_file_that_is_not_written_to_its_end_is_not_there(tmp_path):
 ZIPPED = gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(5000)), mtime=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "fragment"),
-    [
-        ("a.jsonl", b"\n \n", "a.jsonl: the file is empty"),
-        ("a.jsonl", b"{}\n{oops\n", "a.jsonl, line 2: not JSON"),
-        ("a.jsonl", b"{}\n\n[1]\n", "a.jsonl, line 3: list where an object"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1: not JSON"),
-        ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl, line 1: not JSON"),
-        ("header.gz", ZIPPED[:5], "header.gz cannot be read"),
-        ("middle.gz", ZIPPED[:5000], "middle.gz cannot be read"),
-        ("checksum.gz", ZIPPED[:-6] + b"000000", "checksum.gz cannot be read"),
-        ("plain.gz", b'{"text": "plain"}\n', "plain.gz cannot be read"),
-    ],
-)
+@pytest.mark.parametrize("name, content, fragment", [
+    ("a.jsonl", b"\n \n", "a.jsonl: the file is empty"),
+    ("a.jsonl", b"{}\n{oops\n", "a.jsonl, line 2: not JSON"),
+    ("a.jsonl", b"{}\n\n[1]\n", "a.jsonl, line 3: list where an object"),
+    ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1: not JSON"),
+    ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl, line 1: not JSON"),
+    ("header.gz", ZIPPED[:5], "header.gz cannot be read"),
+    ("middle.gz", ZIPPED[:5000], "middle.gz cannot be read"),
+    ("checksum.gz", ZIPPED[:-6] + b"000000", "checksum.gz cannot be read"),
+    ("plain.gz", b'{"text": "plain"}\n', "plain.gz cannot be read"),
+])  # fmt: skip
 def test_broken_files_are_refused(tmp_path, name, content, fragment):
     """What is not JSON Lines, or a gzip file that is cut off or damaged, is refused with file and line."""
     (tmp_path / name).write_bytes(content)
@@ -124,30 +116,18 @@ def test_a_missing_file_is_not_taken_for_a_hub_name(monkeypatch, source):
         read_rows(source)
 
 
-@pytest.mark.parametrize(
-    ("row", "pair"),
-    [
-        ({"prompt": "A film?", "chosen": " Great.", "rejected": " Dull."}, Pair("A film?", " Great.", " Dull.")),
-        ({"chosen": "Great.", "rejected": "Dull."}, Pair("", "Great.", "Dull.")),
-        ({"prompt": "", "chosen": "Great.", "rejected": "Dull."}, Pair("", "Great.", "Dull.")),
-        ({"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD]}, Pair([SYSTEM, USER], "Great.", "Dull.")),
-        ({"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, Pair([SYSTEM, USER], "Great.", "Dull.")),
-        ({"prompt": "A film?", "chosen": [*TURNS, GOOD], "rejected": [*TURNS, BAD]}, Pair(TURNS, "Great.", "Dull.")),
-        ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, Pair([USER], "Great.", "Great.")),
-        ({"prompt": "A film?", "chosen": [GOOD], "rejected": [BAD]}, Pair([USER], "Great.", "Dull.")),
-        (
-            {
-                "prompt": "x",
-                "chosen": "y",
-                "rejected": "z",
-                "messages": ["x"],
-                "id": "7",
-                "ratings": {"a": [1, 2, 3, 4, 5, 6]},
-            },
-            Pair("x", "y", "z"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("row, pair", [
+    ({"prompt": "A film?", "chosen": " Great.", "rejected": " Dull."}, Pair("A film?", " Great.", " Dull.")),
+    ({"chosen": "Great.", "rejected": "Dull."}, Pair("", "Great.", "Dull.")),
+    ({"prompt": "", "chosen": "Great.", "rejected": "Dull."}, Pair("", "Great.", "Dull.")),
+    ({"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD]}, Pair([SYSTEM, USER], "Great.", "Dull.")),
+    ({"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, Pair([SYSTEM, USER], "Great.", "Dull.")),
+    ({"prompt": "A film?", "chosen": [*TURNS, GOOD], "rejected": [*TURNS, BAD]}, Pair(TURNS, "Great.", "Dull.")),
+    ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, Pair([USER], "Great.", "Great.")),
+    ({"prompt": "A film?", "chosen": [GOOD], "rejected": [BAD]}, Pair([USER], "Great.", "Dull.")),
+    ({"prompt": "x", "chosen": "y", "rejected": "z", "messages": ["x"], "id": "7", "ratings": {"a": [*range(6)]}},
+     Pair("x", "y", "z")),
+])  # fmt: skip
 def test_pairs(tmp_path, row, pair):
     """A prompt is its own field or what both conversations share; a margin is kept, also 0, and null is none."""
     write_jsonl(tmp_path / "p.jsonl", [row, *(row | {"margin": margin} for margin in (1.5, 0, -2, None))])
@@ -164,35 +144,32 @@ def test_labelled_texts_are_paired_in_order(tmp_path):
     assert load_pairs(f"{tmp_path}/p.jsonl") == ([Pair("", "g1", "b1", True), Pair("", "g2", "b2", True)], 1)
 
 
-@pytest.mark.parametrize(
-    ("row", "fragment"),
-    [
-        ({"chosen": "a"}, "no field 'rejected'"),
-        ({"chosen": "a", "rejected": 3}, "'rejected' must be text, but is int"),
-        ({"chosen": "a", "rejected": " "}, "'rejected' is empty"),
-        ({"chosen": "film \ud83d", "rejected": "b"}, "half of a surrogate pair"),
-        ({"prompt": None, "chosen": "a", "rejected": "b"}, "'prompt' must be text, but is NoneType"),
-        ({"text": "a", "label": "1"}, "'label' must be 0 (bad) or 1 (good), but is '1'"),
-        ({"chosen": [USER, GOOD], "rejected": "b"}, "'rejected' must be text or a list of messages {role, content}"),
-        ({"chosen": "a", "rejected": [USER, BAD]}, "'rejected' must be text, but is list"),
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": [{"role": "assistant"}]}, "no field 'content'"),
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER]}, "exactly one assistant message"),
-        ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "exactly one assistant message"),
-        ({"prompt": [USER, GOOD], "chosen": [GOOD], "rejected": [BAD]}, "it must be the user's"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "no field 'prompt'"),
-        ({"tools": [{"name": "f"}], "chosen": "a", "rejected": "b"}, "field 'tools' would not be read"),
-        ({"chosen": "a", "rejected": "b", "labels": 0}, "'labels' would not be read; if 'chosen' is the better one"),
-        ({"context": "x", "prompt": "y", "chosen": "a", "rejected": "b"}, "--columns =context leaves it out"),
-        ({"prompt": "Is 3 even?", "text": "No.", "label": 1}, "field 'prompt' would not be read"),
-        ({"Question": "Who?", "chosen": "a", "rejected": "b"}, "--columns prompt=Question reads it"),
-        ({"prompt": "Be harsh.", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "'prompt' is no part of the"),
-        ({"turns": {"a": ["one two three four five six"]}, "chosen": "a", "rejected": "b"}, "field 'turns' would not"),
-        ({"blurb": "one two three four five six", "chosen": "a", "rejected": "b"}, "--columns prompt=blurb reads it"),
-        ({"chosen": "a", "rejected": "b", "margin": "1.5"}, "'margin' must be a finite number, but is '1.5'"),
-        ({"chosen": "a", "rejected": "b", "margin": float("nan")}, "'margin' must be a finite number, but is nan"),
-        ({"chosen": "a", "rejected": "b", "margin": 10**400}, "'margin' must be a finite number"),
-    ],
-)
+@pytest.mark.parametrize("row, fragment", [
+    ({"chosen": "a"}, "no field 'rejected'"),
+    ({"chosen": "a", "rejected": 3}, "'rejected' must be text, but is int"),
+    ({"chosen": "a", "rejected": " "}, "'rejected' is empty"),
+    ({"chosen": "film \ud83d", "rejected": "b"}, "half of a surrogate pair"),
+    ({"prompt": None, "chosen": "a", "rejected": "b"}, "'prompt' must be text, but is NoneType"),
+    ({"text": "a", "label": "1"}, "'label' must be 0 (bad) or 1 (good), but is '1'"),
+    ({"chosen": [USER, GOOD], "rejected": "b"}, "'rejected' must be text or a list of messages {role, content}"),
+    ({"chosen": "a", "rejected": [USER, BAD]}, "'rejected' must be text, but is list"),
+    ({"prompt": [USER], "chosen": [GOOD], "rejected": [{"role": "assistant"}]}, "no field 'content'"),
+    ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER]}, "exactly one assistant message"),
+    ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "exactly one assistant message"),
+    ({"prompt": [USER, GOOD], "chosen": [GOOD], "rejected": [BAD]}, "it must be the user's"),
+    ({"chosen": [GOOD], "rejected": [BAD]}, "no field 'prompt'"),
+    ({"tools": [{"name": "f"}], "chosen": "a", "rejected": "b"}, "field 'tools' would not be read"),
+    ({"chosen": "a", "rejected": "b", "labels": 0}, "'labels' would not be read; if 'chosen' is the better one"),
+    ({"context": "x", "prompt": "y", "chosen": "a", "rejected": "b"}, "--columns =context leaves it out"),
+    ({"prompt": "Is 3 even?", "text": "No.", "label": 1}, "field 'prompt' would not be read"),
+    ({"Question": "Who?", "chosen": "a", "rejected": "b"}, "--columns prompt=Question reads it"),
+    ({"prompt": "Be harsh.", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "'prompt' is no part of the"),
+    ({"turns": {"a": ["one two three four five six"]}, "chosen": "a", "rejected": "b"}, "field 'turns' would not"),
+    ({"blurb": "one two three four five six", "chosen": "a", "rejected": "b"}, "--columns prompt=blurb reads it"),
+    ({"chosen": "a", "rejected": "b", "margin": "1.5"}, "'margin' must be a finite number, but is '1.5'"),
+    ({"chosen": "a", "rejected": "b", "margin": float("nan")}, "'margin' must be a finite number, but is nan"),
+    ({"chosen": "a", "rejected": "b", "margin": 10**400}, "'margin' must be a finite number"),
+])  # fmt: skip
 def test_bad_pairs_name_their_line(tmp_path, row, fragment):
     """A row that is no pair is refused with its line and field."""
     write_jsonl(tmp_path / "p.jsonl", [{"chosen": "a", "rejected": "b"}, row])
@@ -245,23 +222,17 @@ def test_long_prompts_are_left_out(tmp_path, tiny_tokenizer, monkeypatch, limit,
             load_prompts(tmp_path / "p.jsonl", tiny_tokenizer, *rows, max_length=7)
 
 
-@pytest.mark.parametrize(
-    ("row", "fragment"),
-    [
-        ({"text": "I"}, "lower --prompt-tokens, or raise --max-prompt-characters"),
-        ({"prompt": "a", "tools": [{"name": "f"}]}, "field 'tools' would not be read; --columns =tools"),
-        ({"prompt": "Sum it up.", "text": "long"}, "field 'text' would not be read"),
-        ({"prompt": [USER, GOOD]}, "it must be the user's"),
-        ({"prompt": ["a"]}, "must be text or a list of messages"),
-        ({"prompt": [USER, {"content": "no role"}]}, "no field 'role'; a message of 'prompt' needs it"),
-        ({"title": "a"}, "line 1: no field 'text'; a prompt needs 'prompt' (--columns"),
-        (
-            {"chosen": "Q: a? A: b", "rejected": "Q: a? A: c"},
-            "line 1: no field 'text'; a transcript in 'chosen' ends in an",
-        ),
-        ({"chosen": [USER, GOOD]}, "p.jsonl, line 1: no field 'rejected'"),
-    ],
-)
+@pytest.mark.parametrize("row, fragment", [
+    ({"text": "I"}, "lower --prompt-tokens, or raise --max-prompt-characters"),
+    ({"prompt": "a", "tools": [{"name": "f"}]}, "field 'tools' would not be read; --columns =tools"),
+    ({"prompt": "Sum it up.", "text": "long"}, "field 'text' would not be read"),
+    ({"prompt": [USER, GOOD]}, "it must be the user's"),
+    ({"prompt": ["a"]}, "must be text or a list of messages"),
+    ({"prompt": [USER, {"content": "no role"}]}, "no field 'role'; a message of 'prompt' needs it"),
+    ({"title": "a"}, "line 1: no field 'text'; a prompt needs 'prompt' (--columns"),
+    ({"chosen": "Q: a? A: b", "rejected": "Q: a? A: c"}, "no field 'text'; a transcript in 'chosen' ends in an answer"),
+    ({"chosen": [USER, GOOD]}, "p.jsonl, line 1: no field 'rejected'"),
+])  # fmt: skip
 def test_bad_prompts_are_refused(tmp_path, tiny_tokenizer, row, fragment):
     """A row that is no prompt, or whose question would not be read, is refused with a sentence."""
     with pytest.raises(UserError, match=re.escape(fragment)):
@@ -346,14 +317,11 @@ def test_rows_of_similar_length_go_together():
 
 def test_columns_rename_and_leave_out(tmp_path):
     """new=old renames a field in every row, =old leaves it out; what is not there, or is there twice, is refused."""
-    source = f"{tmp_path}/p.jsonl"
-    write_jsonl(
-        source, [{"question": "A film?", "chosen": "a", "rejected": "b", "why": "one two three four five six"}] * 2
-    )
+    source, row = f"{tmp_path}/p.jsonl", {"question": "A film?", "chosen": "a", "rejected": "b"}
+    write_jsonl(source, [row | {"why": "one two three four five six"}] * 2)
     assert load_pairs(source, columns=["prompt=question", "=why"])[0] == [Pair("A film?", "a", "b")] * 2
-    with pytest.raises(
-        UserError, match=r"line 1: --columns: no field 'body'; found question, .* \(2 of 2 rows are wrong"
-    ):
+    message = r"line 1: --columns: no field 'body'; found question, .* \(2 of 2 rows are wrong"
+    with pytest.raises(UserError, match=message):
         load_pairs(source, columns=["prompt=body"])
     for columns in (["prompt"], ["prompt=question", "prompt=why"], ["=why", "x=why"]):
         with pytest.raises(UserError, match="write new=old or =old, and each name once"):
@@ -373,12 +341,10 @@ def test_copies_are_left_out():
 def test_no_question_is_on_both_sides(kind):
     """All pairs of a prompt, or of transcripts that begin alike, are held out together, whatever their order."""
     begin = lambda i: f"Human: what do you think of film {i // 3:02d}? Assistant:"
-    if kind == "prompts":
-        pairs = [Pair(begin(i), f"good {i}", f"bad {i}") for i in range(60)]
-    else:
-        pairs = [
-            Pair("", f"{begin(i)} {i % 2 * 'It is '}good {i}", f"{begin(i)} {i % 2 * 'It is '}bad") for i in range(60)
-        ]
+    pairs = [Pair(begin(i), f"good {i}", f"bad {i}") for i in range(60)]
+    if kind == "transcripts":
+        begins = [f"{begin(i)} {i % 2 * 'It is '}" for i in range(60)]
+        pairs = [Pair("", f"{start}good {i}", f"{start}bad") for i, start in enumerate(begins)]
     train, held_out = split_pairs(pairs, 0.27)  # 17 of 60, which come in threes
     assert {*train}.isdisjoint(held_out) and len(train) + len(held_out) == 60 and len(held_out) == 18
     assert {pair.question for pair in train}.isdisjoint(pair.question for pair in held_out)

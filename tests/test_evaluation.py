@@ -112,18 +112,14 @@ def test_distinct_2_by_hand():
 
 
 def test_z_score_by_hand():
-    """Of 1, 2, 3, 6 the mean is 3 and the deviation √(14/3): a mean of 5 lies 2/√(14/3) above it, one of 2 below."""
+    """Of 1, 2, 3, 6 the mean is 3 and the deviation √(14/3): a mean of 5 lies 2/√(14/3) above it, one of 2 below.
+
+    The judge's unit and zero do not matter: −7 times the rewards, plus 9, have the deviation 7 √(14/3).
+    """
     deviation = math.sqrt(14 / 3)
     assert z_score([4, 5, 6], [1, 2, 3, 6]) == pytest.approx(2 / deviation)
     assert z_score([2.0], [1, 2, 3, 6]) == pytest.approx(-1 / deviation)
-
-
-def test_z_scores_have_no_unit():
-    """Another unit of the judge, another zero, and the z-score is the same; a reversed judge reverses it."""
-    values, reference = [3.0, 8.0, 4.0], [1.0, 2.0, 3.0, 6.0]
-    affine = lambda rewards, a: [a * reward - 7 for reward in rewards]
-    assert z_score(affine(values, 9.0), affine(reference, 9.0)) == pytest.approx(z_score(values, reference))
-    assert z_score(affine(values, -0.1), affine(reference, -0.1)) == pytest.approx(-z_score(values, reference))
+    assert z_score([-26], [2, -5, -12, -33]) == pytest.approx(-2 / deviation)
 
 
 @pytest.mark.parametrize("reference", [[2.0, 2.0], [2.0], [0.1] * 10])  # ten times .1 has a deviation of 1e-17
@@ -241,10 +237,8 @@ def test_the_reference_of_adapters_is_the_model_without(tiny_policy, tiny_tokeni
 def test_an_evaluation_is_a_function_of_its_seed(tiny_policy, tiny_tokenizer):
     """The same seed gives the same answers, and no weight, gradient, mode or global random number is touched."""
     before, state = get_weights(tiny_policy), torch.get_rng_state()
-    first, second, other = (
-        judge_policy(tiny_policy, tiny_tokenizer, prompts(tiny_tokenizer), JUDGES, options(seed), tiny_policy, before)
-        for seed in (1, 1, 2)
-    )
+    held_out = tiny_tokenizer, prompts(tiny_tokenizer), JUDGES
+    first, second, other = (judge_policy(tiny_policy, *held_out, options(s), tiny_policy, before) for s in (1, 1, 2))
     assert first == second
     assert first["completion"] != other["completion"]
     assert torch.equal(torch.get_rng_state(), state)

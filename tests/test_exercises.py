@@ -174,23 +174,15 @@ LINES = {
     "clip_gradients": 3, "new_adapter": 3, "front": 4, "split_pairs": 3, "mean_and_error": 4,
 }  # fmt: skip
 
-RIGHT = {
-    1: {"pairwise_loss": pairwise_loss},
-    2: {"completion_mask": completion_mask},
-    3: {"answer_logprob": answer_logprob},
-    4: {"reinforce_loss": reinforce_loss},
-    5: {"past_only_advantages": past_only_advantages},
-    6: {"leave_one_out": leave_one_out},
-    7: {"kl_estimates": kl_estimates, "GRADIENT_OF": RIGHT_NAMES},
-    8: {"shaped_reward": shaped_reward},
-    9: {"ordinal_loss": ordinal_loss},
-    10: {"rating_mean_std": rating_mean_std, "bias_of_sigma_weight": bias_of_sigma_weight},
-    11: {"ema_update": ema_update},
-    12: {"slerp": slerp},
-    13: {"merge": merge},
-    14: {"merged_weight": merged_weight, "mean_change": mean_change},
-    15: {"ANSWERS": LINES},
-}
+FUNCTIONS = [
+    pairwise_loss, completion_mask, answer_logprob, reinforce_loss, past_only_advantages, leave_one_out, kl_estimates,
+    shaped_reward, ordinal_loss, rating_mean_std, ema_update, slerp, merge, merged_weight,
+]  # fmt: skip
+RIGHT = {number: {function.__name__: function} for number, function in enumerate(FUNCTIONS, 1)}
+RIGHT[15] = {"ANSWERS": LINES}
+RIGHT[7]["GRADIENT_OF"] = RIGHT_NAMES
+RIGHT[10]["bias_of_sigma_weight"] = bias_of_sigma_weight
+RIGHT[14]["mean_change"] = mean_change
 
 
 def answer(number, **changed):
@@ -309,29 +301,23 @@ WRONG = [  # (exercise, function, wrong one, a word of the feedback)
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("number", "wrong", "words"), WRONG, ids=[f"{n}-{words}" for n, _, words in WRONG])
-def test_a_wrong_solution_is_told_what_is_wrong(number, wrong, words):
-    first = next(iter(RIGHT[number]))  # the name of the exercise's (first) function
-    right, text = answer(number, **{first: wrong})
-    assert not right
-    assert words in text
+WRONG = [(number, FUNCTIONS[number - 1].__name__, wrong, words) for number, wrong, words in WRONG]
+WRONG += [  # of exercises with two parts, the second one
+    (7, "GRADIENT_OF", {"k1": "", "k2": "", "k3": ""}, "Now choose"),
+    (7, "GRADIENT_OF", RIGHT_NAMES | {"k1": "KL(π ‖ π_ref)"}, "your gradient does not depend on the reference"),
+    (7, "GRADIENT_OF", RIGHT_NAMES | {"k3": "KL(π ‖ π_ref)"}, "the expected gradient of k3"),
+    (10, "bias_of_sigma_weight", changed(bias_of_sigma_weight, sign=1), "sign is wrong"),
+    (10, "bias_of_sigma_weight", lambda logp, sigma, b: bias_of_sigma_weight(logp, sigma, 1.0), "depend on b"),
+    (10, "bias_of_sigma_weight", changed(bias_of_sigma_weight, f=lambda s: s), "weight is σ"),
+    (10, "bias_of_sigma_weight", changed(bias_of_sigma_weight, f=torch.ones_like), "your bias is 0"),
+    (14, "mean_change", crossed_mean_change, "pairs the B of one"),
+    (14, "mean_change", changed(mean_change, count=lambda adapters: 1), "add up the changes"),
+]
 
 
-@pytest.mark.parametrize(
-    ("number", "name", "wrong", "words"),
-    [
-        (7, "GRADIENT_OF", {"k1": "", "k2": "", "k3": ""}, "Now choose"),
-        (7, "GRADIENT_OF", RIGHT_NAMES | {"k1": "KL(π ‖ π_ref)"}, "your gradient does not depend on the reference"),
-        (7, "GRADIENT_OF", RIGHT_NAMES | {"k3": "KL(π ‖ π_ref)"}, "the expected gradient of k3"),
-        (10, "bias_of_sigma_weight", changed(bias_of_sigma_weight, sign=1), "sign is wrong"),
-        (10, "bias_of_sigma_weight", lambda logp, sigma, b: bias_of_sigma_weight(logp, sigma, 1.0), "depend on b"),
-        (10, "bias_of_sigma_weight", changed(bias_of_sigma_weight, f=lambda s: s), "weight is σ"),
-        (10, "bias_of_sigma_weight", changed(bias_of_sigma_weight, f=torch.ones_like), "your bias is 0"),
-        (14, "mean_change", crossed_mean_change, "pairs the B of one"),
-        (14, "mean_change", changed(mean_change, count=lambda adapters: 1), "add up the changes"),
-    ],
-)
-def test_a_wrong_second_part_is_told_what_is_wrong(number, name, wrong, words):
+@pytest.mark.parametrize("number, name, wrong, words", WRONG, ids=[f"{n}-{words}" for n, _, _, words in WRONG])
+def test_a_wrong_solution_is_told_what_is_wrong(number, name, wrong, words):
+    """A solution with one mistake does not pass, and the feedback has the words that its author needs."""
     right, text = answer(number, **{name: wrong})
     assert not right
     assert words in text
@@ -365,65 +351,46 @@ def repaired(name):
     return scope[name]
 
 
-def behaviour(name, function):
-    """Numbers that show what the function does, on an input that tells the bug from the repair."""
-    x = compare.numbers(2, 4)
-    mask = torch.tensor([[False, True, True, True], [True, True, True, True]])
-    if name == "positions":
-        return function(mask)[mask].tolist()
-    if name == "reward_of_answer":
-        return function(x, mask.flip(1)).tolist()
-    if name == "sample_and_score":
-        return [float(value) for value in function(x[0], 0.5, torch.tensor([0.3], dtype=torch.float64))]
-    if name == "kl_of_next_token":
-        return function(x, compare.numbers(2, 4, seed=1)).tolist()
-    if name == "rewards_by_prompt":
-        return function([1.0, 2.0], 3, lambda prompt: prompt, lambda prompt, text: prompt * text).tolist()
-    if name == "clip_gradients":
-        return [value.tolist() for value in function([x, x], 1000.0)] + [v.norm().item() for v in function([x], 0.1)]
-    if name == "new_adapter":
-        A, B = function(6, 5, 2)
-        return [A.shape, B.shape, bool((A != 0).all()), bool(A.abs().max() <= 6**-0.5), (B @ A).abs().max().item()]
-    if name == "front":
-        return [theta.tolist() for theta in function(x[0], x[1], (0.25, 0.5, 1.0))]
-    if name == "split_pairs":
-        return [[pair["prompt"] for pair in part] for part in function([{"prompt": p} for p in "abacab"], 1)]
-    return list(function([1.0, 2.0, 6.0, 3.0]))
+X, Y = compare.numbers(2, 4), compare.numbers(2, 4, seed=1)
+REAL = torch.tensor([[False, True, True, True], [True, True, True, True]])
+P = (2 * X[0]).softmax(0).tolist()
+TOKEN = next(i for i in range(4) if sum(P[: i + 1]) > 0.3)
+KLS = [kl_divergence(Categorical(logits=x), Categorical(logits=y)).item() for x, y in zip(X, Y)]
+ETAS, NUMBERS = (0.25, 0.5, 1.0), [1.0, 2.0, 6.0, 3.0]
+FRONT = [pytest.approx(warp.interpolate({"w": X[0]}, {"w": X[1]}, eta)["w"].tolist()) for eta in ETAS]
 
 
-def expected_behaviour(name):
-    """The same numbers from a source that is not the function: by hand, from torch, or from the package."""
-    x, y = compare.numbers(2, 4), compare.numbers(2, 4, seed=1)
-    if name == "positions":
-        return [0, 1, 2, 0, 1, 2, 3]
-    if name == "reward_of_answer":
-        return [x[0, 2].item(), x[1, 3].item()]
-    if name == "sample_and_score":
-        p = (2 * x[0]).softmax(0).tolist()
-        token = next(i for i in range(4) if sum(p[: i + 1]) > 0.3)
-        return [token, pytest.approx(math.log(p[token]))]
-    if name == "kl_of_next_token":
-        return pytest.approx([kl_divergence(Categorical(logits=a), Categorical(logits=b)).item() for a, b in zip(x, y)])
-    if name == "rewards_by_prompt":
-        return [[1.0] * 3, [4.0] * 3]
-    if name == "clip_gradients":
-        return [x.tolist(), x.tolist(), pytest.approx(0.1)]
-    if name == "new_adapter":
-        return [(2, 6), (5, 2), True, True, 0.0]
-    if name == "front":
-        return [
-            pytest.approx(warp.interpolate({"w": x[0]}, {"w": x[1]}, eta)["w"].tolist()) for eta in (0.25, 0.5, 1.0)
-        ]
-    if name == "split_pairs":
-        return [["b", "c", "b"], ["a", "a", "a"]]
-    return [3.0, pytest.approx(statistics.stdev([1.0, 2.0, 6.0, 3.0]) / 2)]
+def new_adapter(A, B):
+    """What there is to see of the factors of an adapter."""
+    return [A.shape, B.shape, bool((A != 0).all()), bool(A.abs().max() <= 6**-0.5), (B @ A).abs().max().item()]
+
+
+# Numbers that show what a function does, on an input that tells the bug from the repair; and the same numbers from a
+# source that is not the function: by hand, from torch, or from the package.
+BEHAVIOUR = {
+    "positions": (lambda f: f(REAL)[REAL].tolist(), [0, 1, 2, 0, 1, 2, 3]),
+    "reward_of_answer": (lambda f: f(X, REAL.flip(1)).tolist(), [X[0, 2].item(), X[1, 3].item()]),
+    "sample_and_score": (lambda f: [float(value) for value in f(X[0], 0.5, torch.tensor([0.3], dtype=torch.float64))],
+                         [TOKEN, pytest.approx(math.log(P[TOKEN]))]),
+    "kl_of_next_token": (lambda f: f(X, Y).tolist(), pytest.approx(KLS)),
+    "rewards_by_prompt": (lambda f: f([1.0, 2.0], 3, lambda x: x, lambda x, y: x * y).tolist(),
+                          [[1.0] * 3, [4.0] * 3]),
+    "clip_gradients": (lambda f: [f([X, X], 1000.0)[0].tolist(), f([X, X], 1000.0)[1].tolist(), f([X], 0.1)[0].norm()],
+                       [X.tolist(), X.tolist(), pytest.approx(0.1)]),
+    "new_adapter": (lambda f: new_adapter(*f(6, 5, 2)), [(2, 6), (5, 2), True, True, 0.0]),
+    "front": (lambda f: [theta.tolist() for theta in f(X[0], X[1], ETAS)], FRONT),
+    "split_pairs": (lambda f: [[pair["prompt"] for pair in part] for part in f([{"prompt": p} for p in "abacab"], 1)],
+                    [["b", "c", "b"], ["a", "a", "a"]]),
+    "mean_and_error": (lambda f: [*f(NUMBERS)], [3.0, pytest.approx(statistics.stdev(NUMBERS) / 2)]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LINES)
 def test_each_of_the_ten_functions_has_exactly_that_bug(name):
     """As it stands a function is wrong; with the one line replaced it is right."""
-    assert behaviour(name, repaired(name)) == expected_behaviour(name)
-    assert behaviour(name, getattr(bugs, name)) != expected_behaviour(name)
+    shown, expected = BEHAVIOUR[name]
+    assert shown(repaired(name)) == expected
+    assert shown(getattr(bugs, name)) != expected
 
 
 def test_find_the_bug_says_which_lines_are_right():
@@ -432,9 +399,8 @@ def test_find_the_bug_says_which_lines_are_right():
     assert text.count("\n  ") == 10 and text.count(", right. ") == 10
     right, text = answer(15, ANSWERS=LINES | {"front": 5, "positions": 0})
     assert not right
-    assert (
-        "8 of 10 are found" in text and "front: line 5, that line does" in text and "positions: no answer yet" in text
-    )
+    for words in ("8 of 10 are found", "front: line 5, that line does", "positions: no answer yet"):
+        assert words in text
     assert "⅝" not in text  # the sentence about front is not given away
 
 
@@ -457,22 +423,18 @@ def columns(gold, spread, kl, n=256):
     return {"reward": [1.0] * n, "gold": half, "kl": [kl] * n}
 
 
-@pytest.mark.parametrize(
-    ("gold", "spread", "kl", "words"),
-    [
-        (0.70, 0.32, 2.0, "above .65 by two standard errors"),  # .70 − 2 · .32/16 = .66
-        (0.68, 0.32, 2.0, "may be luck"),  # .68 − .04 = .64
-        (0.10, 0.32, 45.0, "KL is high"),
-        (0.40, 0.32, 0.5, "KL is low"),
-    ],
-)
+@pytest.mark.parametrize("gold, spread, kl, words", [
+    (0.70, 0.32, 2.0, "above .65 by two standard errors"),  # .70 − 2 · .32/16 = .66
+    (0.68, 0.32, 2.0, "may be luck"),  # .68 − .04 = .64
+    (0.10, 0.32, 45.0, "KL is high"),
+    (0.40, 0.32, 0.5, "KL is low"),
+])  # fmt: skip
 def test_stop_the_hack_wants_two_standard_errors(monkeypatch, gold, spread, kl, words):
     import hack
 
     tries = []
-    monkeypatch.setattr(
-        hack, "train_and_judge", lambda beta, eta: tries.append((beta, eta)) or columns(gold, spread, kl)
-    )
+    train = lambda beta, eta: tries.append((beta, eta)) or columns(gold, spread, kl)
+    monkeypatch.setattr(hack, "train_and_judge", train)
     right, text = check.verdict(16, SimpleNamespace(BETA=0.25, ETA=0.5))
     assert right == (words == "above .65 by two standard errors")
     assert words in text and f"gold {gold:.2f} ± 0.02" in text
@@ -507,29 +469,24 @@ def test_stop_the_hack_trains_and_judges_on_prompts_of_its_own(in_world):
 # The command
 
 
-def test_errors_in_a_solution_are_one_line_with_their_place(tmp_path, monkeypatch, capsys):
-    (tmp_path / "ex06_leave_one_out.py").write_text(
-        "def leave_one_out(rewards):\n    return rewards - reward.mean(1)\n"
-    )
+@pytest.mark.parametrize("code, status, said", [
+    ("def leave_one_out(rewards):\n    return rewards - reward.mean(1)\n", 1,
+     "NameError in line 2 of ex06_leave_one_out.py, `return rewards - reward.mean(1)`"),
+    ("def leave_one_out(rewards:\n    return rewards\n", 2,
+     "exercises/ex06_leave_one_out.py cannot be read: SyntaxError"),
+])  # fmt: skip
+def test_errors_in_a_solution_are_one_line_with_their_place(tmp_path, monkeypatch, capsys, code, status, said):
+    """What a solution raises, and what Python cannot read, is named with its file, and stands on one line."""
+    (tmp_path / "ex06_leave_one_out.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "ex06_leave_one_out", raising=False)
     with pytest.raises(SystemExit) as stop:
         check.main(["6"])
-    assert stop.value.code == 1
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    assert "NameError in line 2 of ex06_leave_one_out.py, `return rewards - reward.mean(1)`" in out
-    del sys.modules["ex06_leave_one_out"]
-
-
-def test_a_file_that_python_cannot_read_is_one_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / "ex06_leave_one_out.py").write_text("def leave_one_out(rewards:\n    return rewards\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "ex06_leave_one_out", raising=False)
-    with pytest.raises(SystemExit) as stop:
-        check.main(["6"])
-    assert stop.value.code == 2
-    assert "exercises/ex06_leave_one_out.py cannot be read: SyntaxError" in capsys.readouterr().err
+    assert stop.value.code == status
+    out, err = capsys.readouterr()
+    (line,) = (out + err).splitlines()
+    assert said in line
+    sys.modules.pop("ex06_leave_one_out", None)
 
 
 def test_a_defect_of_a_check_keeps_its_traceback(monkeypatch):

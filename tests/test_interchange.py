@@ -19,17 +19,13 @@ from rlhf_min.data import read_rows, write_jsonl
 from rlhf_min.reward_model import load_judge
 from rlhf_min.rollout import decode_completions, load_policy, sample, uniform_numbers
 from rlhf_min.support.batches import pad
+from tests.test_reward_model import EOS, TEMPLATE
 
 BASE = f"{toy.POLICY}/model"
-EOS = "<|endoftext|>"
 ROWS = [list(range(2, 20)), list(range(40, 45)), list(range(300, 311)), [7]]  # any tokens, of four lengths
 PROMPTS = ["This comedy is about a pilot who", "This drama is about a widow who hides a secret.", "This"]
 ANSWERS = [" builds a boat. The plot was dull.", " I loved every minute. The cast was superb.", " western."]
 TEXTS = [prompt + answer + EOS for prompt, answer in zip(PROMPTS, ANSWERS)]
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-)
 POLICY = "--batch-size 4 --max-length 16 --num-eval-prompts 4 --steps 1"
 REWARD_MODEL = "--epochs 1 --accept-weak --max-length 64 --batch-size 8 --data sixteen.jsonl"
 SMALL = {train_warp: f"{POLICY} --iterations 1 --runs 1", train_reinforce: POLICY, train_rm: REWARD_MODEL}

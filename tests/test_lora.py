@@ -22,6 +22,7 @@ from rlhf_min.reward_model import load_classifier
 from rlhf_min.rollout import load_policy
 from rlhf_min.support import models
 from rlhf_min.support.errors import UserError
+from tests.test_models import refused
 
 R, ALPHA, S = 3, 4.5, 1.5  # s = α/r
 CPU = torch.device("cpu")
@@ -409,13 +410,7 @@ def test_an_adapter_that_does_not_fit_is_one_line(adapter, config, tensors, frag
     shapes = {f"base_model.model.{name}": shape for name, shape in tensors.items()}
     tensors = load_file(adapter / "adapter_model.safetensors") | {n: s and torch.ones(s) for n, s in shapes.items()}
     save_file({name: x for name, x in tensors.items() if x is not None}, adapter / "adapter_model.safetensors")
-    refused(adapter, f".*{fragment}")
-
-
-def refused(adapter, message):
-    with pytest.raises(UserError, match=f"^{adapter}{message}") as error:
-        load_policy(str(adapter), CPU, 32)
-    assert "\n" not in str(error.value)
+    refused(adapter, fragment)
 
 
 def test_missing_files_of_an_adapter_are_one_line(tmp_path, adapter):
@@ -430,7 +425,7 @@ def test_missing_files_of_an_adapter_are_one_line(tmp_path, adapter):
     refused(adapter, ": adapter_model.safetensors cannot be read: No such")
     for content in ("", "{", "[]"):
         (adapter / "adapter_config.json").write_text(content)
-        refused(adapter, "/adapter_config.json cannot be read")
+        refused(adapter, r"adapter_config\.json cannot be read")
 
 
 # WARP

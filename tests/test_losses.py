@@ -147,18 +147,15 @@ def test_ordinal_gradient_agrees_with_finite_differences(ties):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    "won, lost, strict, half",
-    [
-        (10, 1, 0.0, 0.0),
-        (2, 1, 0.0, 0.0),
-        # w is certainly a 1 and l a 10. Strict: w needs ≥ 2 and l ≤ 9, each e^−100; of these pairs 45 have i > j. Half:
-        # the ties 1 = 1 and 10 = 10 cost e^−100 each and count half, together e^−100
-        (1, 10, 200 - math.log(45), 100.0),
-        # both are certainly a k. Strict: k − 1 ratings for l below and 10 − k for w above, each e^−100
-        *[(k, k, 100 - math.log(9), math.log(2)) for k in (1, 5, 10)],
-    ],
-)
+@pytest.mark.parametrize("won, lost, strict, half", [
+    (10, 1, 0.0, 0.0),
+    (2, 1, 0.0, 0.0),
+    # w is certainly a 1 and l a 10. Strict: w needs ≥ 2 and l ≤ 9, each e^−100; of these pairs 45 have i > j. Half:
+    # the ties 1 = 1 and 10 = 10 cost e^−100 each and count half, together e^−100
+    (1, 10, 200 - math.log(45), 100.0),
+    # both are certainly a k. Strict: k − 1 ratings for l below and 10 − k for w above, each e^−100
+    *[(k, k, 100 - math.log(9), math.log(2)) for k in (1, 5, 10)],
+])  # fmt: skip
 def test_certain_ratings(won, lost, strict, half, dtype):
     """A certain win costs nothing, a certain loss 200 − log 45, and a certain tie 100 − log 9, or log 2 as half."""
     for ties, cost in (("strict", strict), ("half", half)):
@@ -172,20 +169,6 @@ def test_uniform_ratings(k, strict):
     zeros = torch.zeros(3, k, dtype=torch.float64)
     assert ordinal_loss(zeros, zeros).item() == pytest.approx(-math.log(strict), abs=1e-12)  # strict is the default
     assert ordinal_loss(zeros, zeros, "half").item() == pytest.approx(math.log(2), abs=1e-12)
-    if k == 10:
-        assert ordinal_loss(zeros, zeros).item() == pytest.approx(0.7985, abs=5e-5)
-
-
-def test_the_two_orders_and_the_tie_share_all_probability():
-    """The strict P(w ≻ l) + P(l ≻ w) + P(tie) is 1; half gives the tie to both, so that the two orders make 1."""
-    chosen, rejected = random_logits(), random_logits()
-    tie = (chosen.softmax(-1) * rejected.softmax(-1)).sum(-1)
-    one = torch.ones_like(tie)
-    assert tie.min() > 0.001
-    for args, rest in ((), tie), (("half",), 0 * tie):
-        orders = preference_logprob(chosen, rejected, *args).exp() + preference_logprob(rejected, chosen, *args).exp()
-        close(orders + rest, one, **exact)
-    close(preference_logprob(chosen, chosen, "half").exp(), one / 2, **exact)  # a coin's toss against itself
 
 
 @both_ties
@@ -279,13 +262,3 @@ def test_deviation_is_never_nan():
     assert mean.isfinite().all() and std.isfinite().all() and (std >= 0).all()
     close(mean.double(), exact_mean, atol=1e-5, rtol=0)
     close(std.double(), exact_std, atol=1e-5, rtol=1e-3)
-
-
-def test_a_constant_in_the_logits_changes_nothing():
-    """Logits count up to a constant, which neither the loss nor mean and deviation see."""
-    chosen, rejected = random_logits(), random_logits()
-    shift = torch.randn(6, 1, dtype=torch.float64) * 50
-    close(rating_mean_std(chosen + shift), rating_mean_std(chosen))
-    for ties in TIES:
-        moved = ordinal_loss(chosen + shift, rejected - shift, ties, 0.01)
-        close(moved, ordinal_loss(chosen, rejected, ties, 0.01))

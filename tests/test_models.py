@@ -2,7 +2,6 @@
 
 import copy
 import re
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,6 @@ from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2ForSequenceClassification,
     GPTBigCodeConfig,
     RobertaConfig,
 )
@@ -25,7 +23,6 @@ from rlhf_min.support import models
 from rlhf_min.support.errors import UserError
 
 CPU = torch.device("cpu")
-MISSING = ["runs/rm", "./nothing", "/nothing/at/all", "~/model", "nothing", "a/b/c", "owner/name"]
 
 
 @pytest.fixture
@@ -82,15 +79,6 @@ def test_a_run_folder_stands_for_its_model(tmp_path, tiny_policy, tiny_tokenizer
     refused(tmp_path, r"no config\.json in it or in its model/")
 
 
-@pytest.mark.parametrize("name", MISSING)
-def test_a_missing_model_fails_at_once_with_one_line(name):
-    """A missing path, even one that looks like a hub name, fails in under a second, without minutes of retries."""
-    start = time.perf_counter()
-    refused(name, "no such folder")
-    refused(name, "no such folder", models.load_tokenizer)
-    assert time.perf_counter() - start < 1
-
-
 class Hub:
     """A class like AutoTokenizer whose models are in no cache, but on the hub."""
 
@@ -108,7 +96,7 @@ def test_a_hub_name_is_loaded_where_the_hub_answers(monkeypatch):
     loaded = models.from_pretrained(Hub, "owner/name", dtype=torch.float32)
     assert loaded == ("owner/name", {"trust_remote_code": False, "dtype": torch.float32})
     assert asked == [("owner/name", 5)]
-    for name in MISSING[:-1]:
+    for name in ("runs/rm", "./nothing", "/nothing/at/all", "~/model", "nothing", "a/b/c"):
         refused(name, "no such folder", lambda name: models.from_pretrained(Hub, name))
     assert len(asked) == 1
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, timeout: Path("no\nfile").read_text())
@@ -149,12 +137,6 @@ def test_max_length_beyond_the_context_is_refused(folder, tiny_policy):
     assert models.context_length(SimpleNamespace(config=roberta)) == 512
     refused(folder, "reads at most 64 tokens; lower --max-length 65", lambda name: load_policy(name, CPU, 65))
     load_policy(str(folder), CPU, 64)
-
-
-def test_a_reward_model_is_no_policy(tmp_path, tiny_policy, tiny_tokenizer):
-    """A classifier's folder given as --policy is refused: transformers would read its backbone as a language model."""
-    models.save_model(GPT2ForSequenceClassification(tiny_policy.config), tiny_tokenizer, tmp_path)
-    refused(tmp_path, "is a classifier")
 
 
 @pytest.mark.parametrize("listed, expected", [([1, 2], [0, 1, 2]), (2, [0, 2]), (0, [0]), (None, [0])])

@@ -101,21 +101,19 @@ def test_another_beta():
     assert examine(loss, beta=1 / 3).faults == []
 
 
-FORMS = {  # where the KL stands: what the KL term climbs
-    "k1, detached, in the reward": (right, {"KL(π‖ref)": -BETA}),
+FORMS = {  # where the KL stands, as in benchmarks/kl.py: what the KL term climbs
+    "k1 in the reward, detached": (right, {"KL(π‖ref)": -BETA}),
     "k2 as a loss": (with_kl_loss(lambda *pair: kl_estimate(*pair, "k2")), {"KL(π‖ref)": -BETA}),
     "k3 as a loss": (with_kl_loss(lambda *pair: kl_estimate(*pair, "k3")), {"KL(ref‖π)": -BETA}),
     "k1 as a loss": (with_kl_loss(kl_estimate), {}),
     "no KL": (lambda logprobs, ref, reward, mask: policy_gradient_loss(logprobs, reward, mask), {}),
-    "k3, detached, in the reward": (
-        lambda *batch: policy_gradient_loss(batch[0], shaped(*batch, "k3"), batch[3]),
-        {"KL(π‖ref)": -BETA, "KL(ref‖π)": BETA},
-    ),
-    "sign swapped, in the reward": (
+    "k3 in the reward, detached": (lambda *batch: policy_gradient_loss(batch[0], shaped(*batch, "k3"), batch[3]),
+                                   {"KL(π‖ref)": -BETA, "KL(ref‖π)": BETA}),
+    "k1 in the reward, sign swapped": (
         lambda *batch: policy_gradient_loss(batch[0], shaped(*batch, beta=-BETA), batch[3]),
         {"KL(π‖ref)": BETA},
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -190,79 +188,49 @@ def squashed_reward(logprobs, ref, reward, mask):
 
 
 WRONG = {
-    "wrong sign": (
-        lambda *batch: -right(*batch),
-        [reward_climbs("− E[r]"), kl_climbs("0.1 KL(π‖ref)"), "the step goes downhill"],
-    ),
+    "wrong sign": (lambda *batch: -right(*batch),
+                   [reward_climbs("− E[r]"), kl_climbs("0.1 KL(π‖ref)"), "the step goes downhill"]),
     "pads trained": (with_sum(lambda logp, mask: logp.sum(-1)), ["pads are trained"]),
-    "KL summed over pads": (  # log π − log π_ref of a pad is −1.3, and an answer has 5 − length pads
-        kl_over_pads,
-        [kl_climbs("− 0.1 KL(π‖ref) − 0.13 E[length]")],
-    ),
-    "last token masked out": (
-        with_sum(lambda logp, mask: total(logp, mask & ~last_token(mask))),
-        [*UNNAMED, WORDS, EOS, CONSTANT],
-    ),
+    "KL summed over pads": (kl_over_pads,  # log π − log π_ref of a pad is −1.3, and an answer has 5 − length pads
+                            [kl_climbs("− 0.1 KL(π‖ref) − 0.13 E[length]")]),
+    "last token masked out": (with_sum(lambda logp, mask: total(logp, mask & ~last_token(mask))),
+                              [*UNNAMED, WORDS, EOS, CONSTANT]),
     "EOS masked out as a pad": (with_sum(without_eos), [*UNNAMED, EOS, PADDING, CONSTANT]),
     "first token only": (with_sum(lambda logp, mask: logp[:, 0]), [*UNNAMED, WORDS, EOS]),
     "last token only": (with_sum(lambda logp, mask: total(logp, last_token(mask))), [*UNNAMED, WORDS, CONSTANT]),
-    "mean over the tokens of an answer": (
-        with_sum(lambda logp, mask: total(logp, mask) / mask.sum(-1)),
-        [reward_climbs("E[r / length]"), kl_climbs("− 0.1 E[d / length]"), CONSTANT],
-    ),
-    "mean over the width": (
-        with_sum(lambda logp, mask: total(logp, mask) / mask.shape[1]),
-        [reward_climbs("0.2 E[r]"), kl_climbs("− 0.02 KL(π‖ref)"), PADDING],
-    ),
+    "mean over the tokens of an answer": (with_sum(lambda logp, mask: total(logp, mask) / mask.sum(-1)),
+                                          [reward_climbs("E[r / length]"), kl_climbs("− 0.1 E[d / length]"), CONSTANT]),
+    "mean over the width": (with_sum(lambda logp, mask: total(logp, mask) / mask.shape[1]),
+                            [reward_climbs("0.2 E[r]"), kl_climbs("− 0.02 KL(π‖ref)"), PADDING]),
     "mean over the tokens of the batch": (mean_over_all_tokens, [*UNNAMED, CONSTANT, BATCH]),
-    "the batch's mean as the baseline": (  # over all pairs, 1 − 1/B = ½
-        with_advantage(lambda shaped: shaped - shaped.mean()),
-        [
-            reward_climbs("0.5 E[r]"),
-            kl_climbs("− 0.05 KL(π‖ref)"),
-            f"{BATCH}: the baseline includes the answer's own reward",
-        ],
-    ),
+    "the batch's mean as the baseline": (with_advantage(lambda shaped: shaped - shaped.mean()),
+                                         [reward_climbs("0.5 E[r]"),  # over all pairs, 1 − 1/B = ½
+                                          kl_climbs("− 0.05 KL(π‖ref)"),
+                                          f"{BATCH}: the baseline includes the answer's own reward"]),
     "divided by the spread": (divided_by_spread, [UNNAMED[0], NONLINEAR, BATCH]),
     "k1 as a loss": (with_kl_loss(kl_estimate), [kl_climbs("nothing")]),
-    "k2 per token": (
-        with_kl_loss(lambda logp, ref, mask: total((logp - ref) ** 2 / 2, mask)),
-        [kl_climbs("− 0.1 token KL(π‖ref)")],
-    ),
-    "k3 per token": (
-        with_kl_loss(lambda logp, ref, mask: total((ref - logp).exp() - 1 + logp - ref, mask)),
-        [kl_climbs("− 0.1 token KL(ref‖π)")],
-    ),
-    "k3 with its sign swapped": (  # E[(e^d − 1) ∇ log π]
-        with_kl_loss(lambda logp, ref, mask: kl_estimate(ref, logp, mask, "k3")),
-        [UNNAMED[1]],
-    ),
-    "k2 in the reward": (  # E[d² ∇ log π] / 2
-        lambda *batch: policy_gradient_loss(batch[0], shaped(*batch, "k2"), batch[3]),
-        [UNNAMED[1]],
-    ),
-    "reward not detached": (  # −β log π ∇d is one more term, and E[log π ∇ log π] = −∇H
-        not_detached,
-        [kl_climbs("− 0.1 KL(π‖ref) + 0.1 H(π)")],
-    ),
+    "k2 per token": (with_kl_loss(lambda logp, ref, mask: total((logp - ref) ** 2 / 2, mask)),
+                     [kl_climbs("− 0.1 token KL(π‖ref)")]),
+    "k3 per token": (with_kl_loss(lambda logp, ref, mask: total((ref - logp).exp() - 1 + logp - ref, mask)),
+                     [kl_climbs("− 0.1 token KL(ref‖π)")]),
+    "k3 with its sign swapped": (with_kl_loss(lambda logp, ref, mask: kl_estimate(ref, logp, mask, "k3")),
+                                 [UNNAMED[1]]),  # E[(e^d − 1) ∇ log π]
+    "k2 in the reward": (lambda *batch: policy_gradient_loss(batch[0], shaped(*batch, "k2"), batch[3]),
+                         [UNNAMED[1]]),  # E[d² ∇ log π] / 2
+    "reward not detached": (not_detached,  # −β log π ∇d is one more term, and E[log π ∇ log π] = −∇H
+                            [kl_climbs("− 0.1 KL(π‖ref) + 0.1 H(π)")]),
     "log π in the place of d": (without_reference, [kl_climbs("0.1 H(π)"), "the reference is never seen"]),
     "β twice": (beta_twice, [kl_climbs("− 0.2 KL(π‖ref)")]),
-    "sum over the batch": (
-        lambda *batch: right(*batch) * len(batch[2]),
-        [reward_climbs("2 E[r]"), kl_climbs("− 0.2 KL(π‖ref)"), f"{BATCH}: it is a sum"],
-    ),
+    "sum over the batch": (lambda *batch: right(*batch) * len(batch[2]),
+                           [reward_climbs("2 E[r]"), kl_climbs("− 0.2 KL(π‖ref)"), f"{BATCH}: it is a sum"]),
     "π in the place of log π": (with_sum(lambda logp, mask: total(logp, mask).exp()), [*UNNAMED, CONSTANT]),
     "log of the mean probability": (with_sum(log_of_mean), [*UNNAMED, CONSTANT]),
-    "ratio to the reference": (  # answers are weighed by e^d
-        lambda *batch: -(shaped(*batch) * total(batch[0] - batch[1], batch[3]).exp()).mean(),
-        [*UNNAMED, CONSTANT],
-    ),
+    "ratio to the reference": (lambda *batch: -(shaped(*batch) * total(batch[0] - batch[1], batch[3]).exp()).mean(),
+                               [*UNNAMED, CONSTANT]),  # answers are weighed by e^d
     "squashed reward": (squashed_reward, [UNNAMED[0], CONSTANT, NONLINEAR]),
-    "log-probs detached": (
-        lambda *batch: right(batch[0].detach(), *batch[1:]),
-        [reward_climbs("nothing"), kl_climbs("nothing"), WORDS, EOS],
-    ),
-}
+    "log-probs detached": (lambda *batch: right(batch[0].detach(), *batch[1:]),
+                           [reward_climbs("nothing"), kl_climbs("nothing"), WORDS, EOS]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -384,14 +352,11 @@ def test_all_answers():
     assert all_answers(2, 2) == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2], [2]]
 
 
-@pytest.mark.parametrize(
-    ("loss", "message"),
-    [
-        (lambda logprobs, ref, reward, mask: reward / (reward - reward.mean()), "not finite"),
-        (lambda logprobs, ref, reward, mask: reward[:, None], "a scalar"),
-        (lambda logprobs, ref, reward, mask: 1.0, "a scalar"),
-    ],
-)
+@pytest.mark.parametrize("loss, message", [
+    (lambda logprobs, ref, reward, mask: reward / (reward - reward.mean()), "not finite"),
+    (lambda logprobs, ref, reward, mask: reward[:, None], "a scalar"),
+    (lambda logprobs, ref, reward, mask: 1.0, "a scalar"),
+])  # fmt: skip
 def test_what_is_no_loss(loss, message):
     """A batch of two equal answers has no spread to divide by; and a loss has one of three shapes."""
     with pytest.raises(UserError, match=message):

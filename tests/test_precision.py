@@ -90,14 +90,11 @@ def test_a_zero_gradient_moves_nothing_but_by_weight_decay(decay, end):
     assert weights.tolist() == pytest.approx(end, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "precision, loss, message",
-    [
-        ("fp32", lambda weights: weights.sum() * math.nan, "loss is nan: the run diverged; lower --lr"),
-        ("fp16", lambda weights: weights.sum() * math.inf, "loss is inf: the run diverged; lower --lr"),
-        ("bf16", lambda weights: weights.sqrt().sum(), "gradient norm is inf"),  # the gradient at 0 is infinite
-    ],
-)
+@pytest.mark.parametrize("precision, loss, message", [
+    ("fp32", lambda weights: weights.sum() * math.nan, "loss is nan: the run diverged; lower --lr"),
+    ("fp16", lambda weights: weights.sum() * math.inf, "loss is inf: the run diverged; lower --lr"),
+    ("bf16", lambda weights: weights.sqrt().sum(), "gradient norm is inf"),  # the gradient at 0 is infinite
+])  # fmt: skip
 def test_numbers_that_are_not_finite_stop_the_run(precision, loss, message):
     """A loss that is not finite raises an error, as does a gradient that no scaler skips, and no weight has moved."""
     weights, optimizer = begin(0.0, 2.0, precision=precision)

@@ -1,6 +1,5 @@
 """Properties on inputs that nobody would write down: readers never raise a traceback, finite numbers give no NaN."""
 
-import copy
 import json
 import math
 from types import SimpleNamespace
@@ -10,7 +9,6 @@ import torch
 
 from rlhf_min.data import load_pairs, load_prompts, read_rows, read_texts, write_jsonl
 from rlhf_min.losses import ordinal_loss, pairwise_loss, preference_logprob, rating_mean_std
-from rlhf_min.support.batches import Batches
 from rlhf_min.support.errors import UserError
 from rlhf_min.warp import angle, merge, slerp
 
@@ -195,24 +193,3 @@ def test_pairwise_loss_of_any_rewards(triple, c):
     for grad in (chosen.grad, rejected.grad):
         assert grad.isfinite().all()
         assert c or (grad.abs() <= 1 / len(grad) + 1e-6).all()
-
-
-# Batches
-
-
-@many
-@given(count=st.integers(1, 7), batch_size=st.integers(1, 9), drawn=st.integers(0, 5), seed=st.integers(0, 99))
-def test_batches_are_a_loop_over_epochs(count, batch_size, drawn, seed):
-    """The batches one after the other are whole epochs, each item once; a saved state goes on with the same."""
-    items = [f"item {i}" for i in range(count)]
-    stream = Batches(items, batch_size, torch.Generator().manual_seed(seed))
-    queue = [item for _ in range(drawn) for item in next(stream)]
-    assert len(queue) == drawn * batch_size
-    state = copy.deepcopy(stream.state_dict())
-    rest = [next(stream) for _ in range(3)]
-    queue += [item for batch in rest for item in batch]
-    for start in range(0, len(queue) - count + 1, count):
-        assert sorted(queue[start : start + count]) == items
-    again = Batches(items, batch_size, torch.Generator())
-    again.load_state_dict(state)
-    assert [next(again) for _ in range(3)] == rest

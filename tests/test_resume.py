@@ -281,21 +281,18 @@ def test_a_model_on_a_full_disk(tmp_path, tiny_policy, tiny_tokenizer):
 
 
 def test_only_what_does_not_change_the_result_may_differ(in_world, left_alone, tmp_path, capsys):
-    """Another learning rate and a folder with other files are refused; nothing is lost."""
+    """Another learning rate is refused; how often it saves, and on which device, may change."""
     out = tmp_path / "run"
     with disturbed(RunLog, "step", 4, fail(Crash)), pytest.raises(Crash):
         run("reinforce", out)
-    before = results(out)
     assert "--lr is 0.001 in" in ends(capsys, 2, "reinforce", out, "--resume", "--lr", "3e-4")
-    assert "name a new folder, or add --resume" in ends(capsys, 2, "reinforce", out)
-    assert results(out) == before
     shutil.rmtree(out / "checkpoint")
     train_reinforce.main(["--out", str(out), "--resume", "--save-every", "1", "--device", "auto"])
     assert results(out) == left_alone("reinforce")
 
 
 def test_resume_begins_where_there_is_nothing_and_leaves_what_is_finished(in_world, left_alone, tmp_path, capsys):
-    """So one command in a loop brings a run to its end; folders of other runs and with other files are refused."""
+    """So one command in a loop brings a run to its end; a folder with other files is refused."""
     out = tmp_path / "new"
     check_resumed("rm", out, left_alone)
     (out / "checkpoint").mkdir()  # killed between the summary and the end
@@ -304,7 +301,6 @@ def test_resume_begins_where_there_is_nothing_and_leaves_what_is_finished(in_wor
         run("rm", out, "--resume")
     assert "has finished: nothing to resume" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    assert "holds a run of train_rm.py, not of train_warp.py" in ends(capsys, 2, "warp", out, "--resume")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.txt").write_text("precious")
     assert "holds another run or other files" in ends(capsys, 2, "rm", tmp_path / "other", "--resume")

@@ -233,36 +233,24 @@ def test_the_base_gets_a_pad_token_of_its_own(tmp_path, tiny_policy):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_a_tie_is_an_error():
-    """Accuracy counts the pairs whose chosen answer has the higher reward; equal rewards are no success."""
-    chosen, rejected = torch.tensor([[1.0], [2.0], [0.0], [5.0]]), torch.tensor([[1.0], [1.0], [1.0], [1.0]])
-    _, metrics = train_rm.pair_loss(chosen, rejected, [([], [], None)] * 4, train_rm.RewardModelOptions())
-    assert (metrics["accuracy"], metrics["margin"], metrics["mean_reward"]) == (0.5, 1.0, 1.5)
-
-
 FLAGS = ["--data", "pairs.jsonl", "--base", "base", "--batch-size", "15", "--epochs", "3", "--lr", "1e-2",
          "--warmup-steps", "0", "--device", "cpu", "--out", "rm"]  # fmt: skip
 
 
 @pytest.fixture
-def write_pairs(tmp_path, monkeypatch, tiny_policy, tiny_tokenizer):
-    """Work in a new folder with a base; returns a function that writes 60 pairs, reversed where a sign is 1."""
+def in_folder(tmp_path, monkeypatch, tiny_policy, tiny_tokenizer):
+    """Work in a new folder with a base, 60 pairs and 60 others."""
     monkeypatch.chdir(tmp_path)
     save_model(tiny_policy, tiny_tokenizer, "base")
-    answers = [(f" was great fun. {i}", f" was dull. {i}") for i in range(120)]
-    row = lambda i, sign: {
-        "prompt": f"The film{' ' * (i % 9)}",
-        "chosen": answers[i][sign],
-        "rejected": answers[i][not sign],
-    }
-    write_jsonl("eval.jsonl", [row(i, 0) for i in range(60, 120)])
-    return lambda signs: write_jsonl("pairs.jsonl", map(row, range(60), signs))
+    answers = [{"chosen": f" was great fun. {i}", "rejected": f" was dull. {i}"} for i in range(120)]
+    rows = [{"prompt": f"The film{' ' * (i % 9)}", **pair} for i, pair in enumerate(answers)]
+    write_jsonl("pairs.jsonl", rows[:60])
+    write_jsonl("eval.jsonl", rows[60:])
 
 
 @pytest.mark.parametrize("head", [["scalar"], ["ordinal"], ["ordinal", "--ties", "half"]], ids=" ".join)
-def test_a_reward_model_learns_and_is_saved_as_it_was_validated(write_pairs, head):
+def test_a_reward_model_learns_and_is_saved_as_it_was_validated(in_folder, head):
     """On honest labels accuracy is above chance, the saved judge prefers what was chosen, and has the same metrics."""
-    write_pairs([0] * 60)
     train_rm.main([*FLAGS, "--head", *head, "--eval-data", "eval.jsonl"])
     summary = json.loads(Path("rm", "summary.json").read_text())
     assert (summary["train_pairs"], summary["eval_pairs"]) == (60, 60)
@@ -274,19 +262,6 @@ def test_a_reward_model_learns_and_is_saved_as_it_was_validated(write_pairs, hea
     options = train_rm.RewardModelOptions(precision="fp32", head=head[0], ties=head[-1] if head[1:] else "strict")
     again = train_rm.evaluate_pairs(judge.model, rows, judge.tokenizer, options)
     assert {name: summary[name] for name in again} == pytest.approx(again, abs=1e-5)
-
-
-def test_random_labels_are_refused_unless_accepted(write_pairs, capsys):
-    """A reward model not 3 standard errors above chance is not saved, and exit code 2 says so."""
-    write_pairs(torch.randint(2, (60,), generator=torch.Generator().manual_seed(0)).tolist())
-    flags = [*FLAGS, "--eval-fraction", "0.5"]
-    with pytest.raises(SystemExit) as stop:
-        train_rm.main(flags)
-    assert stop.value.code == 2
-    assert re.findall("^error:.*--accept-weak", capsys.readouterr().err, re.MULTILINE)
-    assert not Path("rm", "model").exists()
-    train_rm.main([*flags, "--accept-weak", "--out", "weak"])
-    assert Path("weak", "model", "model.safetensors").exists()
 
 
 # What is no judge
@@ -341,17 +316,14 @@ def test_a_function_is_a_judge(tmp_path, monkeypatch):
     assert sys.path == before and judge.is_function and not judge.has_sigma
 
 
-@pytest.mark.parametrize(
-    "body, fragment",
-    [
-        ("return [float('nan'), 1.0]", "must return 2 finite numbers"),
-        ("return [1.0, 1e39]", "must return 2 finite numbers"),  # finite in Python, infinite in float32
-        ("return (1.0 for _ in range(3))", "must return 2 finite numbers, not 3"),
-        ("return dict.fromkeys([1.0, 2.0])", "must return 2 finite numbers, not 2: {1.0"),
-        ("return None", "raised TypeError: 'NoneType' object is not iterable (it is called with "),
-        ("return [1 / 0]", "raised ZeroDivisionError: division by zero ("),
-    ],
-)
+@pytest.mark.parametrize("body, fragment", [
+    ("return [float('nan'), 1.0]", "must return 2 finite numbers"),
+    ("return [1.0, 1e39]", "must return 2 finite numbers"),  # finite in Python, infinite in float32
+    ("return (1.0 for _ in range(3))", "must return 2 finite numbers, not 3"),
+    ("return dict.fromkeys([1.0, 2.0])", "must return 2 finite numbers, not 2: {1.0"),
+    ("return None", "raised TypeError: 'NoneType' object is not iterable (it is called with "),
+    ("return [1 / 0]", "raised ZeroDivisionError: division by zero ("),
+])  # fmt: skip
 def test_what_a_reward_function_may_not_do(tmp_path, monkeypatch, body, fragment):
     """A function returns one finite number per answer, or a sentence names it, and the line where it failed."""
     judge, name = function_judge(tmp_path, body, monkeypatch)
@@ -426,9 +398,8 @@ def test_a_label_of_a_classifier_is_a_reward(tmp_path, tiny_tokenizer):
         load_judge(f"{tmp_path}/m:GOOD", CPU)
 
 
-def test_a_judge_reads_what_it_was_trained_on(write_pairs, capsys):
+def test_a_judge_reads_what_it_was_trained_on(in_folder, capsys):
     """--max-length is saved with the model; a judge that cuts texts says so, once."""
-    write_pairs([0] * 60)
     train_rm.main([*FLAGS, "--eval-data", "eval.jsonl", "--max-length", "24"])
     judge = load_judge("rm", CPU)
     assert judge.max_length == 24

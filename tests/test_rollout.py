@@ -12,14 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_min.lora import add_lora, lora_disabled, lora_layers, merge_lora
 from rlhf_min.reinforce import kl_estimate, policy_gradient_loss, shaped_reward
-from rlhf_min.rollout import (
-    Rollout,
-    decode_completions,
-    draw,
-    sample,
-    token_logprobs,
-    uniform_numbers,
-)
+from rlhf_min.rollout import Rollout, decode_completions, draw, sample, token_logprobs, uniform_numbers
 from rlhf_min.support.batches import pad
 from rlhf_min.support.errors import UserError
 from rlhf_min.support.models import cache_argument, get_weights, set_weights
@@ -120,17 +113,6 @@ def test_garbage_behind_the_end_does_not_change_a_score(model):
     other.completions[~rollout.mask] = 2  # EOS, the pad token, before
     a, b = (token_logprobs(model, r, TEMPERATURE)[rollout.mask] for r in (rollout, other))
     assert torch.equal(a, b)
-
-
-def test_probabilities_of_all_pairs_sum_to_one():
-    """exp Σ log π over all answers of two tokens is 1, and no log-prob is positive."""
-    pairs = torch.cartesian_prod(torch.arange(VOCABULARY), torch.arange(VOCABULARY))  # (64, 2)
-    tokens = torch.cat([torch.tensor([[1, 2]]).expand(64, 2), pairs], dim=1)
-    mask = torch.ones(64, 2, dtype=torch.bool)
-    rollout = Rollout(tokens, torch.ones(64, 4, dtype=torch.bool), mask, mask[:, 0])
-    logprobs = token_logprobs(build(), rollout, TEMPERATURE)
-    assert logprobs.max() <= 0
-    assert logprobs.double().sum(-1).exp().sum().item() == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -254,21 +236,6 @@ def test_uniform_numbers_come_from_their_generator():
     assert torch.equal(numbers(), numbers()) and not torch.equal(numbers(), numbers(seed=1))
     roll(model)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("temperature", [0.7, 1.5])
-def test_frequencies_of_one_token(model, temperature):
-    """4000 one-token answers follow softmax(logits / T), with no top-k, top-p or penalty, and the scorer knows it."""
-    rollout = roll(model, [[1, 2, 3]] * 4000, max_length=4, temperature=temperature)
-    counts = torch.bincount(rollout.completions[:, 0], minlength=VOCABULARY).double()
-    expected = 4000 * (next_logits(model, [1, 2, 3]) / temperature).softmax(-1)
-    assert expected.min() > 5
-    chi_square = ((counts - expected) ** 2 / expected).sum().item()
-    assert chi_square < 24.32  # the 99.9 % quantile at 7 degrees of freedom
-    at_one = 4000 * next_logits(model, [1, 2, 3]).softmax(-1)  # and the test has the power to tell T = 1
-    assert ((counts - at_one) ** 2 / at_one).sum().item() > 24.32
-    inverse = (-token_logprobs(model, rollout, temperature)[:, 0]).exp()  # E[1/π(y)] is the size of the vocabulary
-    assert (inverse.mean() - VOCABULARY).abs() < 4 * inverse.std() / math.sqrt(4000)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

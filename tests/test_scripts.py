@@ -319,9 +319,7 @@ def test_the_loop_of_train_rm_is_the_formula(tmp_path, arm):
     wrong = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in right]
     write_jsonl("loop.jsonl", rows)
     write_jsonl("loop_eval.jsonl", right if "--margin" in arm else wrong)  # validation gets better, or worse
-    flags = (
-        f"{arm} --batch-size 8 --epochs 2 --lr 5e-3 --warmup-steps 2 --eval-every 3 --accept-weak --out {tmp_path}/run"
-    )
+    flags = f"{arm} --batch-size 8 --epochs 2 --lr 5e-3 --warmup-steps 2 --eval-every 3 --out {tmp_path}/run"
     data = ["--data", "loop.jsonl", "--eval-data", "loop_eval.jsonl"]
     options = parse_options(train_rm.RewardModelOptions, [*data, *flags.split()])
     device, log = precision.resolve_device(options), RunLog(options)
@@ -565,15 +563,18 @@ def test_a_reward_model_with_adapters_is_saved_whole(lora_reward_model):
 
 
 def test_a_reward_model_that_learnt_nothing_is_not_saved(tmp_path, capsys):
-    """An accuracy that is not above chance by 3 standard errors ends in one line, and there is no model/."""
+    """An accuracy not above chance by 3 standard errors ends in one line, without a model/, unless it is accepted."""
     sign = torch.randint(2, (120,), generator=torch.Generator().manual_seed(1)).tolist()
     answers = [(f"film {i}", f"film {i}!") for i in range(120)]
     write_jsonl("weak.jsonl", [{"chosen": pair[s], "rejected": pair[1 - s]} for pair, s in zip(answers, sign)])
-    flags = ["--data", "weak.jsonl", "--epochs", "1", "--eval-fraction", "0.5", "--out", str(tmp_path / "weak")]
+    flags = ["--data", "weak.jsonl", "--epochs", "1", "--eval-fraction", "0.5", "--out"]
     with pytest.raises(SystemExit, match="2"):
-        train_rm.main(flags)
-    assert "is not above 0.694, chance + 3 standard errors" in capsys.readouterr().err
+        train_rm.main([*flags, str(tmp_path / "weak")])
+    error = capsys.readouterr().err
+    assert "is not above 0.694, chance + 3 standard errors" in error and "--accept-weak" in error
     assert not (tmp_path / "weak/model").exists() and train_rm.threshold([0] * 100) == 0.65
+    train_rm.main([*flags, str(tmp_path / "accepted"), "--accept-weak"])
+    assert (tmp_path / "accepted/model/model.safetensors").exists()
 
 
 def test_pretraining_learns_from_the_texts_of_the_world(monkeypatch, tmp_path):
@@ -603,9 +604,8 @@ def test_evaluation_while_it_trains_changes_nothing(in_world, tmp_path, script):
     assert len(samples) == 3 and {*samples[0]} == {"prompt", "completion"}
     if script is train_reinforce:
         after = read_summary(tmp_path / "watched")["after"]
-        assert {k: rows[-1][f"eval_{k}"] for k in ("reward", "gold", "kl")} == pytest.approx(
-            {k: after[k] for k in ("reward", "gold", "kl")}, abs=1e-5
-        )
+        for key in ("reward", "gold", "kl"):
+            assert rows[-1][f"eval_{key}"] == pytest.approx(after[key], abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -634,7 +634,7 @@ def test_numbers_go_to_a_reporter(in_world, tmp_path, monkeypatch, name):
 
 def test_every_model_of_the_world_that_is_named_is_made(monkeypatch, tmp_path):
     """A name makes what it needs, unless it is there: the texts, and the run of a model; another name makes nothing."""
-    made = []
+    made, resumed = [], "reward_model --resume"
     monkeypatch.chdir(tmp_path)
     Path(toy.POLICY).mkdir(parents=True)
     monkeypatch.setattr(toy, "write_world", lambda folder: made.append("texts"))
@@ -643,11 +643,8 @@ def test_every_model_of_the_world_that_is_named_is_made(monkeypatch, tmp_path):
     for names, wanted in (
         (["owner/name", "pairs.jsonl"], []),
         ([toy.PROMPTS], ["texts"]),
-        ([toy.REWARD_MODEL], ["texts", "reward_model --resume"]),  # whose main makes the policy
-        (
-            [toy.ORDINAL_REWARD_MODEL, toy.POLICY],
-            ["texts", "policy --resume", "ordinal_reward_model --resume --head ordinal"],
-        ),
+        ([toy.REWARD_MODEL], ["texts", resumed]),  # whose main makes the policy
+        ([toy.ORDINAL_REWARD_MODEL, toy.POLICY], ["texts", "policy --resume", f"ordinal_{resumed} --head ordinal"]),
         ([toy.POLICY], ["texts"]),
     ):
         made.clear()

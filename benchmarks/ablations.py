@@ -1,7 +1,7 @@
 """What does each part of WARP do, and is WARP better than plain REINFORCE? On the embedded world, over seeds.
 
     pip install -e '.[plots,bench]'
-    python benchmarks/ablations.py --out runs/ablations            # two hours on two cores; goes on where it stopped
+    python benchmarks/ablations.py --out runs/ablations            # three hours on two cores; goes on where it stopped
 
 Every arm changes one thing of the centre: lr 3e-4, T = 100 steps, I = M = 2, β = .1, μ = .01, η = .5, which are 400
 steps. A seed has a reward model and samples of its own; θ_sft and the held-out prompts are the same for all. An arm

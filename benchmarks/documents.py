@@ -378,8 +378,6 @@ def main():
     plot_front(fronts, ["reward", "gold"], ROOT / "docs" / "front.png")
     arms = by_arm(read_results("ablations")["rows"])
     plots = {"fronts": plot_fronts, "contrasts": plot_contrasts, "curvature": plot_curvature, "grid": plot_grid}
-    if not any(arm.startswith("I = 1, μ") for arm in arms):  # that group has not been run
-        del plots["grid"]
     for name, plot in plots.items():
         plot(arms, ROOT / "docs" / f"ablation_{name}.png")
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:

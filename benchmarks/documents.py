@@ -362,7 +362,8 @@ def plot_hacking(rows, path):
                 panel.plot(*zip(*line), color=color, alpha=0.35, linewidth=0.8)
             means = [[sum(values) / len(values) for values in zip(*points)] for points in zip(*lines.values())]
             panel.plot(*zip(*means), color=color, linewidth=2, label={"reward": "reward, the proxy"}.get(name, name))
-        panel.set(xlabel="√KL to θ_sft", title=title, xlim=(0, 29), ylim=(-0.3, 2.1))
+        panel.set(xlabel="√KL to θ_sft", title=title, ylim=(-0.3, 2.1))
+        panel.set_xlim(left=0)
 
     draw(list(PANELS), fill, path, (4.4, 3.4))
 

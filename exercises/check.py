@@ -46,7 +46,8 @@ def verdict(number, module):
     except NotImplementedError:
         return False, f"Exercise {number} is still empty. Its task stands in exercises/{file}.py."
     except NotYet as wrong:
-        return False, f"Exercise {number}, not yet: {wrong}."
+        end = "" if str(wrong)[-1] in ".?!" else "."
+        return False, f"Exercise {number}, not yet: {wrong}{end}"
     except Exception as error:
         lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).stem == file]
         if not lines:  # a defect of the check, not of the learner's code

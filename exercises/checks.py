@@ -121,7 +121,9 @@ def check_4(x):
     def slopes(weight):  # weight(row, t) is ∂L/∂logprobs of a token that counts
         return torch.tensor([[float(mask[i, t] * weight(i, t)) for t in range(3)] for i in range(3)])
 
+    crossed = "every answer has the mean of all advantages: (B, 1) times (B,) is (B, B), each answer times each A"
     mistakes = [
+        (slopes(lambda i, t: -A.mean() / 3), crossed),
         (
             slopes(lambda i, t: A[i] / 3),
             "the sign is wrong. An optimizer goes downhill: good answers become *less* likely",
@@ -133,7 +135,7 @@ def check_4(x):
         ),
         (
             slopes(lambda i, t: -A[i] / mask.sum()),
-            "this is a mean over tokens. Sum over an answer's tokens, mean over answers",
+            "this is a mean over tokens: long answers weigh more. Sum over an answer's tokens, mean over answers",
         ),
         (
             slopes(lambda i, t: -A[i] / 9),
@@ -403,6 +405,10 @@ def check_12(x):
                     "this is the straight line from a to b. In the middle it is shorter than the arc",
                 ),
                 (point((1 - lam) * omega, 2.0), "λ is the wrong way round: λ = 0 should give a"),
+                (
+                    torch.full((2,), math.nan),
+                    "NaN. a·b is |a| |b| cos Ω: divide by both lengths before the arccos",
+                ),
                 (point(lam * omega, 1.0), "the direction is right, the length is lost. Only Ω needs unit vectors"),
             ]
             what = f"for an angle of {math.degrees(omega):.0f}° and λ = {lam}, your point"
@@ -494,6 +500,20 @@ def check_14(x):
     same(x.mean_change([(A, B), (A2, B2)], 5.0), right, mistakes, "the mean change")
 
 
+QUESTIONS = {  # of exercise 15, for those who name a line that is right
+    "positions": "What is counted where attention_mask is False?",
+    "reward_of_answer": "Where does a short row end?",
+    "sample_and_score": "Which distribution was the token drawn from?",
+    "kl_of_next_token": "Who writes the tokens that KL(π ‖ π_ref) is a mean over?",
+    "rewards_by_prompt": "In which order are the answers, and which rows does view make of them?",
+    "clip_gradients": "What becomes of a gradient of norm 0.1 when max_norm is 1?",
+    "new_adapter": "What is B A before the first step?",
+    "front": "Where does the way to the second point begin?",
+    "split_pairs": "Where do the other pairs of a held-out prompt go?",
+    "mean_and_error": "How much smaller is the error of four times as many values?",
+}
+
+
 def check_15(x):
     text = Path(__file__).with_name("ex15_answers.txt").read_text(encoding="utf-8")
     secrets = dict(line.split() for line in text.splitlines()[1:])  # {function: base64 of "line sentence"}
@@ -505,7 +525,7 @@ def check_15(x):
         line, sentence = base64.b64decode(secret).decode().split(" ", 1)
         right = str(answers[name]) == line
         found += right
-        said = f"right. {sentence}" if right else "that line does what its name and the docstring say"
+        said = f"right. {sentence}" if right else f"that line does what it should. {QUESTIONS[name]}"
         report.append(f"\n  {name}: " + (f"line {answers[name]}, {said}" if answers[name] else "no answer yet"))
     if found < len(secrets):
         raise NotYet(f"{found} of {len(secrets)} are found" + "".join(report))

@@ -1,7 +1,7 @@
 """Exercise 12: SLERP, a walk along an arc. Check it with  python exercises/check.py 12
 
-Two runs moved the weights by the vectors a and b. Their mean is shorter than either, so it has lost some of what they
-learnt. Spherical linear interpolation (SLERP) walks from a to b along an arc and keeps the length.
+Two runs moved the weights by the vectors a and b, about equally far. Their mean is shorter than both, so it has lost
+some of what they learnt. Spherical linear interpolation (SLERP) walks from a to b along an arc and keeps the length.
 """
 
 

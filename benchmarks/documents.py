@@ -39,6 +39,8 @@ PARTNERS = {  # an arm of WARP: REINFORCE with the same β, the same number of s
     "M = 4": "REINFORCE, β 0.1, 8T steps", "I = 4": "REINFORCE, β 0.1, 8T steps",
     "2T steps": "REINFORCE, β 0.1, 8T steps",
 }  # fmt: skip
+COMMANDS = {"reinforce": "`train_reinforce.py`", "reinforce_1e-3": "`train_reinforce.py --lr 1e-3`",
+            "warp": "`train_warp.py --lr 1e-4`, η = 1"}  # fmt: skip
 PANELS = {"β = 0": "hacking-0-", "β = .135": "hacking-0.135-"}  # {title: how the names of its runs begin}
 
 
@@ -53,6 +55,8 @@ def collect(name, folders):
     for folder, run in zip(map(Path, folders), runs):
         tables = read_json(folder / "summary.json")
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        steps = [line for line in lines if line.get("grad_norm") is not None]
+        tables["training"] = {name: mean_se([line[name] for line in steps])[0] for name in ("grad_norm", "clipped")}
         tables["watched"] = [line for line in lines if line.pop("samples", None)]
         results.append({"commit": run["commit"], "rows": []})
         for table, rows in tables.items():
@@ -236,6 +240,27 @@ def trained(results):
     return format_table(rows)
 
 
+def clipping(results):
+    """Runs named COMMAND-LIMIT-SEED, with the limit 1 and none: where they end, and the paired difference in gold."""
+    rows, ends = [], {row["run"]: row for row in results if row["table"] in ("after", "front")}  # of a front, the last
+    training = {row["run"]: row for row in results if row["table"] == "training"}
+    groups = {}
+    for run in ends:
+        groups.setdefault(run.rpartition("-")[0], []).append(run)
+    for group, runs in groups.items():
+        command, _, limit = group.rpartition("-")
+        row = {"command": COMMANDS[command], "clipped to": limit}
+        for name in ("reward", "gold", "kl"):
+            row[name], row[f"{name}_se"] = mean_se([ends[run][name] for run in runs])
+        other = [ends[run.replace("-1-", "-none-")]["gold"] for run in runs]
+        difference = [ends[run]["gold"] - gold for run, gold in zip(runs, other)]
+        row["gold, 1 − none"], row["gold, 1 − none_se"] = mean_se(difference) if limit == "1" else (None, None)
+        row["mean norm"] = mean_se([training[run]["grad_norm"] for run in runs])[0]
+        row["share of steps clipped"] = mean_se([training[run]["clipped"] for run in runs])[0] if limit == "1" else None
+        rows.append(row)
+    return format_table(rows)
+
+
 def samples(results):
     """The answers of the first run, before and after."""
     rows = [row for row in results if row["table"] == "samples" and row["run"] == results[0]["run"]]
@@ -245,7 +270,8 @@ def samples(results):
 
 
 TABLES = {function.__name__: function for function in
-          (ablations, differences, against_reinforce, grid, forms, form_answers, front, trained, samples)}  # fmt: skip
+          (ablations, differences, against_reinforce, grid, forms, form_answers, front, trained, clipping,
+           samples)}  # fmt: skip
 
 
 def filled(text):

@@ -144,6 +144,23 @@ def test_result_files_of_finished_runs(monkeypatch, tmp_path):
     assert documents.trained(documents.read_results("two")["rows"]) == documents.format_table(rows)
 
 
+def test_clipping_is_paired_by_seed(monkeypatch, tmp_path):
+    """Gold .3 and .5 with clipping, .2 and .5 without: the difference is .05 ± .05; norms are means over steps."""
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    (tmp_path / "docs/results").mkdir(parents=True)
+    gold, folders = {"1-1": 0.3, "1-2": 0.5, "none-1": 0.2, "none-2": 0.5}, []
+    for name, value in gold.items():
+        folders.append(str(tmp_path / f"warp-{name}"))
+        lines = [{"step": step, "grad_norm": 2.0 * step, "clipped": 1.0} for step in (1, 2)]
+        points = [{"eta": eta, "reward": 1.0, "gold": eta * value, "kl": 2.0} for eta in (0.0, 1.0)]
+        write_run(tmp_path / f"warp-{name}", {"front": points}, lines)
+    documents.collect("clip", folders)
+    clipped, free = documents.clipping(documents.read_results("clip")["rows"]).splitlines()[2:]
+    cells = "| 1.000 ± 0.000 | {} | 2.000 ± 0.000 | {} | 3.000 | {} |"
+    assert clipped.endswith(cells.format("0.400 ± 0.100", "0.050 ± 0.050", "1.000"))
+    assert free.endswith(cells.format("0.350 ± 0.150", "–", "–"))
+
+
 def test_results_name_what_made_them():
     """Command, commits, machine and seeds stand beside the rows."""
     for path in (documents.ROOT / "docs/results").glob("*.json"):

@@ -306,6 +306,16 @@ def test_resume_begins_where_there_is_nothing_and_leaves_what_is_finished(in_wor
     assert "holds another run or other files" in ends(capsys, 2, "rm", tmp_path / "other", "--resume")
 
 
+def test_two_processes_do_not_write_one_run(in_world, left_alone, tmp_path, capsys):
+    """While a run is written, a second one that would go on with it is refused, and the first one ends unharmed."""
+    out, said = tmp_path / "run", []
+    second = lambda: said.append(ends(capsys, 2, "reinforce", out, "--resume"))
+    with disturbed(RunLog, "step", 4, second):
+        run("reinforce", out)
+    assert "metrics.jsonl: another process is writing this run" in said[0]
+    assert results(out) == left_alone("reinforce")
+
+
 def test_the_clock_goes_on_and_run_json_keeps_the_beginning(in_world, tmp_path):
     """The seconds up to the last checkpoint count in wall_seconds, and run.json lists where it was resumed."""
     out = tmp_path / "run"

@@ -31,6 +31,17 @@ def whole(path):
         raise
 
 
+def lock(file):
+    """Hold an open file until it is closed. UserError where another process holds it. Windows has no flock."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{file.name}: another process is writing this run; wait for it, or stop it") from None
+
+
 def write_json(path, value):
     """Write a JSON value."""
     with whole(path) as new:

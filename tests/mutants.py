@@ -45,7 +45,7 @@ TESTS = SCRIPTS | {
     "reward_model": "tests/test_reward_model.py tests/test_mutants.py -k 'not one_place'",
     "data": "tests/test_data.py tests/test_reward_model.py",
     "support/batches": "tests/test_data.py tests/test_rollout.py tests/test_resume.py -k 'not test_resume or rm-step'",
-    "support/runlog": "tests/test_resume.py -k 'restored or inside or rm-st or warp-s or ctrl_c or ignored or two_proc'",
+    "support/runlog": "tests/test_resume.py -k 'restored or inside or rm-step or warp-s or ctrl or ignored or two_p'",
     "support/files": "tests/test_resume.py -k complete",
     "support/parallel": "tests/test_parallel.py -k 'cannot or dealt or mean_of'",
 }  # of any other file, the test file of its name; -k leaves out what is slow or starts processes

@@ -172,6 +172,7 @@ def test_code_inside_a_checkpoint_is_not_run(tmp_path, monkeypatch):
 MOMENTS = [  # run, function, which call of it, before or after its work, steps that the checkpoint has by then
     ("rm", RunLog, "step", 3, "before", 2),
     ("rm", torch, "save", 2, "after", 2),
+    ("reinforce", runlog, "lock", 1, "before", 0),
     ("reinforce", RunLog, "step", 2, "after", 0),
     ("reinforce", runlog, "save_checkpoint", 2, "before", 2),
     ("reinforce", train_reinforce, "sweep_front", 1, "after", 5),

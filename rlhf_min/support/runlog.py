@@ -168,12 +168,14 @@ class RunLog:
             if begun["processes"] != run["processes"]:
                 raise UserError(f"--resume: the run has {begun['processes']} processes, not {run['processes']}")
             run = begun | {"resumed": [*begun.get("resumed", []), {key: run[key] for key in ("commit", "threads")}]}
+        elif self.writes:
+            write_json(path, run)  # before any other file: without it, a folder is no run to resume
         self._metrics.parent.mkdir(parents=True, exist_ok=True)
         if self.team.index == 0 and hasattr(self.options, "resume"):  # evaluate.py has no steps
             self._lines = open(self._metrics, "ab")  # noqa: SIM115
             lock(self._lines)
         self._saved = load_checkpoint(self._state)
-        if self.writes:
+        if self.writes and "resumed" in run:
             write_json(path, run)
         if self._lines:
             self._lines.truncate(self._saved["metrics_bytes"] if self._saved else 0)  # what follows is done again

@@ -28,7 +28,7 @@ from rlhf_min.rollout import sample, token_logprobs, uniform_numbers
 from rlhf_min.support import parallel
 from rlhf_min.support.batches import Batches
 from rlhf_min.support.errors import UserError, one_line_errors
-from rlhf_min.support.models import save_model, trained_weights
+from rlhf_min.support.models import save_model, set_weights, trained_weights
 from rlhf_min.support.options import option, parse_options
 from rlhf_min.support.plots import plot_metrics
 from rlhf_min.support.precision import Optimizer, resolve_device
@@ -50,42 +50,48 @@ class ReinforceOptions(TaskOptions):
     baseline: str = option("moving-average", "b: mean of all past R, or of the k − 1 other answers", choices=BASELINES)
     num_generations: int = option(1, "k: answers to the same prompt; --batch-size counts answers", low=1)
     sigma: str = option("off", "σ: unused, f(σ) = 1/(1+σ) on the advantage, or r − σ", choices=SIGMA_USES)
+    keep: str = option(
+        "last", "save the last weights, or those of the best held-out r − β KL", choices=["best", "last"]
+    )
 
     def check(self):
         super().check()
-        if self.batch_size % self.num_generations:
-            raise UserError(f"--batch-size {self.batch_size} must be a multiple of --num-generations")
+        if self.answers % self.num_generations:
+            raise UserError(f"the {self.answers} answers of a step must be a multiple of --num-generations")
+        if self.keep == "best" and not 0 < self.eval_every <= self.steps:
+            raise UserError("--keep best chooses among evaluations; set --eval-every to at most --steps")
         if self.baseline == "leave-one-out" and self.num_generations < 2:
             raise UserError("--baseline leave-one-out compares answers to one prompt; raise --num-generations to 2")
 
 
 def train_policy(task, sft, options, log):
-    """T steps of REINFORCE, in place. sft: the weights of π_sft, {name: tensor}."""
-    policy, team = task.policy, log.team
+    """T steps of REINFORCE, in place; returns the step that --keep keeps. sft: the weights of π_sft."""
+    policy, team, passes = task.policy, log.team, options.accumulation_steps
     k, rloo = options.num_generations, options.baseline == "leave-one-out"
     penalty = 1.0 if options.sigma == "penalty" else 0.0
     weight = reinforce.sigma_weight if options.sigma == "advantage" else torch.ones_like
     generator = torch.Generator().manual_seed(options.seed)
     baseline = reinforce.MovingAverageBaseline()
     optimizer = Optimizer(policy, options.lr, options.precision, max_grad_norm=options.max_grad_norm, team=team)
-    stream = Batches(task.prompts, options.batch_size // k, generator)
-    parts = {"baseline": vars(baseline), "optimizer": optimizer, "stream": stream}
+    stream = Batches(task.prompts, options.answers // k, generator)
+    kept = {"step": options.steps}  # with --keep best: the best evaluation so far
+    parts = {"baseline": vars(baseline), "optimizer": optimizer, "stream": stream, "kept": kept}
     state = lambda: {"policy": trained_weights(policy), **parts}  # what --resume goes on with
 
     for step in log.progress("REINFORCE", options.steps, state):
         # y ~ π_θ(·|x), and r(x, y)
         batch = team.share([prompt for prompt in next(stream) for _ in range(k)])
-        uniform = team.share(uniform_numbers(options.batch_size, options.max_length, generator))  # (B, max_length)
+        uniform = team.share(uniform_numbers(options.answers, options.max_length, generator))  # (B, max_length)
         with optimizer.autocast():
             rollout = sample(policy, [prompt.tokens for prompt in batch], uniform, options.temperature)
         scores, _ = judge_answers(task.cheap_judges, task.tokenizer, batch, rollout)  # {name: (B,)}
 
         # log π(y_t | x, y_<t) under the policy and what it is compared with
         with optimizer.autocast():
-            logprobs = token_logprobs(policy, rollout, options.temperature)  # (B, T)
+            logprobs = token_logprobs(policy, rollout, options.temperature, passes=passes)  # (B, T)
             with torch.no_grad():
                 with lora_disabled(policy):
-                    sft_logprobs = token_logprobs(policy, rollout, options.temperature, sft)  # (B, T)
+                    sft_logprobs = token_logprobs(policy, rollout, options.temperature, sft, passes)  # (B, T)
 
         # (1) R = r − σ − β log[ π_θ(y|x) / π_sft(y|x) ],  A = (R − b) f(σ); σ and f only where --sigma asks for them
         kl = reinforce.kl_estimate(logprobs.detach(), sft_logprobs, rollout.mask)  # (B,)
@@ -102,15 +108,18 @@ def train_policy(task, sft, options, log):
 
         scores |= {"kl": kl, "advantage": advantage, "baseline": torch.zeros_like(kl) + b}
         metrics = reinforce.step_metrics(team, rollout, logprobs, scores)
-        metrics |= task.eval_metrics(options, sft, step)
+        metrics |= task.eval_metrics(options, sft, step, kept)
         log.step(step=step, **metrics, **optimizer.metrics)
+    if options.keep == "best":
+        set_weights(policy, kept["weights"])
+    return kept["step"]
 
 
 @one_line_errors
 def main(argv=None):
     options = parse_options(ReinforceOptions, argv)
     device = resolve_device(options)
-    log = RunLog(options, parallel.join(options.batch_size, options.num_generations))
+    log = RunLog(options, parallel.join(options.answers, options.num_generations))
     prepare_world([options.prompts, options.policy, *options.reward_model, *named_judges(options.judges).values()])
     task = load_task(options, device)
     if options.sigma != "off" and not task.judges["reward"].has_sigma:
@@ -118,7 +127,7 @@ def main(argv=None):
 
     with log.running():
         sft = dense_weights(task.policy)
-        train_policy(task, sft, options, log)
+        step = train_policy(task, sft, options, log)
         if not log.writes:
             return
         if options.lora_r:
@@ -130,8 +139,10 @@ def main(argv=None):
         plot_metrics(log.metrics(), [*task.cheap_judges, "kl"], log.folder / "steps.png")
         print("\nHeld-out prompts, before and after\n")
         print(format_table([{"policy": "θ_sft", **before}, {"policy": "model/", **after}]))
+        if options.keep == "best":
+            print(f"\nmodel/ is step {step}, chosen on these very prompts: on others, expect a little less")
         samples = print_samples(*columns)
-        log.finish(before=before, after=after, samples=samples)
+        log.finish(before=before, after=after, samples=samples, step=step)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class WarpOptions(TaskOptions):
 
 def train_policy(task, init, sft, options, log, iteration, run):
     """T steps of REINFORCE from θ_init, run m of an iteration. init, sft: {name: tensor}; returns θ^m as such a one."""
-    policy, team = task.policy, log.team
+    policy, team, passes = task.policy, log.team, options.accumulation_steps
     seed = options.seed * 1_000_003 + iteration * 1_009 + run  # another order and other samples for every run
     generator = torch.Generator().manual_seed(seed)
     set_weights(policy, init)  # θ^m ← θ_init
@@ -66,25 +66,25 @@ def train_policy(task, init, sft, options, log, iteration, run):
     ema = get_weights(policy)  # θ^m_ema ← θ_init; with adapters, the average of A and B
     baseline = reinforce.MovingAverageBaseline()
     optimizer = Optimizer(policy, options.lr, options.precision, max_grad_norm=options.max_grad_norm, team=team)
-    stream = Batches(task.prompts, options.batch_size, generator)
+    stream = Batches(task.prompts, options.answers, generator)
     parts = {"baseline": vars(baseline), "optimizer": optimizer, "stream": stream}
     state = lambda: {"policy": trained_weights(policy), "ema": ema, **parts}  # what --resume goes on with
 
     for step in log.progress(f"iteration {iteration} run {run}", options.steps, state):
         # y ~ π_θ(·|x), and r(x, y)
         batch = team.share(next(stream))
-        uniform = team.share(uniform_numbers(options.batch_size, options.max_length, generator))  # (B, max_length)
+        uniform = team.share(uniform_numbers(options.answers, options.max_length, generator))  # (B, max_length)
         with optimizer.autocast():
             rollout = sample(policy, [prompt.tokens for prompt in batch], uniform, options.temperature)
         scores, _ = judge_answers(task.cheap_judges, task.tokenizer, batch, rollout)  # {name: (B,)}
 
         # log π(y_t | x, y_<t) under the policy and what it is compared with
         with optimizer.autocast():
-            logprobs = token_logprobs(policy, rollout, options.temperature)  # (B, T)
+            logprobs = token_logprobs(policy, rollout, options.temperature, passes=passes)  # (B, T)
             with torch.no_grad():
-                ema_logprobs = token_logprobs(policy, rollout, options.temperature, ema)  # (B, T)
+                ema_logprobs = token_logprobs(policy, rollout, options.temperature, ema, passes)  # (B, T)
                 with lora_disabled(policy):
-                    sft_logprobs = token_logprobs(policy, rollout, options.temperature, sft)  # (B, T)
+                    sft_logprobs = token_logprobs(policy, rollout, options.temperature, sft, passes)  # (B, T)
 
         # R = r − β log[ π_θ(y|x) / π_anchor(y|x) ],  A = R − b
         kl = reinforce.kl_estimate(logprobs.detach(), sft_logprobs, rollout.mask)  # (B,)
@@ -153,7 +153,7 @@ def print_geometry(geometry, options):
 def main(argv=None):
     options = parse_options(WarpOptions, argv)
     device = resolve_device(options)
-    log = RunLog(options, parallel.join(options.batch_size, runs=options.runs))
+    log = RunLog(options, parallel.join(options.answers, runs=options.runs))
     prepare_world([options.prompts, options.policy, *options.reward_model, *named_judges(options.judges).values()])
     task = load_task(options, device)
 

@@ -32,7 +32,7 @@ class SamplingOptions(RunOptions):
     max_prompt_characters: int = option(0, "leave out longer prompts; 0 keeps all", low=0)
     temperature: float = option(0.7, "of sampling and scoring: it belongs to the policy", low=0.01)
     max_length: int = option(64, "tokens of prompt and answer", low=2)
-    batch_size: int = option(64, "answers at a time", low=1)
+    batch_size: int = option(64, "answers per forward pass", low=1)
 
 
 @dataclass
@@ -47,8 +47,14 @@ class TaskOptions(SamplingOptions, LoRAOptions):
     eval_prompts: str = option("", "prompts of the evaluation (default: some of --prompts are held out)")
     num_eval_prompts: int = option(256, "how many prompts to evaluate on", low=2)
     eval_every: int = option(0, "steps between evaluations while training, with three answers; 0 has none", low=0)
+    accumulation_steps: int = option(1, "forward passes per optimizer step; more need no more memory", low=1)
     gradient_checkpointing: bool = option(False, "compute activations twice instead of keeping them: less memory")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 never clips", low=0)
+
+    @property
+    def answers(self):
+        """B: the answers of an optimizer step."""
+        return self.batch_size * self.accumulation_steps
 
 
 class Task(NamedTuple):
@@ -66,14 +72,21 @@ class Task(NamedTuple):
         rewards = ("reward", *getattr(self.judges["reward"], "parts", ()))
         return {name: judge for name, judge in self.judges.items() if name in rewards or judge.is_function}
 
-    def eval_metrics(self, options, sft, step):
-        """At every --eval-every-th step, what its metrics line says of the held-out prompts; else {}."""
+    def eval_metrics(self, options, sft, step, kept=None):
+        """At every --eval-every-th step, what its metrics line says of the held-out prompts; else {}.
+
+        With --keep best, `kept` then holds the weights of the evaluation with the best r − β KL.
+        """
         if not options.eval_every or step % options.eval_every:
             return {}
         inputs = self.policy, self.tokenizer, self.eval_prompts, self.judges, options, self.policy, sft
         columns = judge_policy(*inputs)
         means = {f"eval_{name}": mean_se(columns[name])[0] for name in [*self.judges, "kl"]}
         samples = zip(columns["prompt"][:3], columns["completion"])
+        if kept and options.keep == "best":
+            value = means["eval_reward"] - options.beta * means["eval_kl"]
+            if value > kept.get("value", -math.inf):
+                kept |= {"value": value, "step": step, "weights": get_weights(self.policy)}
         return means | {"samples": [{"prompt": prompt, "completion": answer} for prompt, answer in samples]}
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from .lora import load_model
@@ -155,8 +156,15 @@ def completion_logits(model, rollout, temperature, weights=None):
     return logits.float() / temperature
 
 
-def token_logprobs(model, rollout, temperature, weights=None):
-    """log π(y_t | x, y_<t) of the sampled tokens, (B, T), in nats. Behind the first EOS the values mean nothing."""
+def token_logprobs(model, rollout, temperature, weights=None, passes=1):
+    """log π(y_t | x, y_<t) of the sampled tokens, (B, T), in nats. Behind the first EOS the values mean nothing.
+
+    Several `passes`, each over a part of the rows, need the memory of one: `backward` makes each of them once more.
+    """
+    if passes > 1:
+        parts = [Rollout(*rows) for rows in zip(*(tensor.chunk(passes) for tensor in rollout))]
+        inputs = [(model, part, temperature, weights) for part in parts]
+        return torch.cat([checkpoint(token_logprobs, *part, use_reentrant=False) for part in inputs])
     logits = completion_logits(model, rollout, temperature, weights)  # (B, T, V)
     nats = F.cross_entropy(logits.flatten(0, 1), rollout.completions.flatten(), reduction="none")  # (B·T,) −log π
     return -nats.view_as(rollout.mask)

@@ -118,7 +118,7 @@ def test_a_process_that_dies(in_world, one_process, tmp_path, capsys):
 def test_what_cannot_be_shared(in_world, tmp_path, monkeypatch, capsys):
     """A script for one process, and a batch that cannot be divided evenly, are refused."""
     assert job(tmp_path / "run", 2, "train_reinforce", f"{SAMPLING} --batch-size 6 --num-generations 2") == [2, 2]
-    message = "error: --batch-size 6 must be a multiple of the 2 processes that share it times 2 answers"
+    message = "error: --batch-size gives a step 6 rows, not a multiple of the 2 processes that share it times 2 answers"
     assert message in Path(f"{tmp_path}/run.log.0.out").read_text()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
@@ -136,7 +136,7 @@ def test_processes_dealt_to_runs(monkeypatch):
     shares, runs = [], []
     for number in range(5):
         monkeypatch.setenv("RANK", str(number))
-        team = parallel.join(batch_size=12, runs=2)
+        team = parallel.join(12, runs=2)
         shares.append((team.number, team.share(list(range(12)))))
         runs.append(list(team.deal(5)))
     assert made == [[0, 2, 4], [1, 3]] * 5

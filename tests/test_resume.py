@@ -32,7 +32,7 @@ SAMPLING = "--batch-size 4 --num-eval-prompts 4 --max-length 13 --lr 1e-3 --save
 RM = "--epochs 3 --batch-size 40 --lora-r 2 --lora-dropout 0.1 --save-every 2 --eval-every 3 --accept-weak"
 RUNS = {
     "rm": (train_rm, RM),
-    "reinforce": (train_reinforce, f"{SAMPLING} --steps 5"),
+    "reinforce": (train_reinforce, f"{SAMPLING} --steps 5 --eval-every 1 --keep best --beta 100"),
     "fp16": (train_reinforce, f"{SAMPLING} --steps 5 --precision fp16 --max-length 24"),
     "warp": (train_warp, f"{SAMPLING} --steps 3 --runs 1"),
     "lora-warp": (train_warp, f"{SAMPLING} --steps 3 --iterations 1 --lora-r 2 --keep-runs"),

@@ -115,6 +115,24 @@ def test_garbage_behind_the_end_does_not_change_a_score(model):
     assert torch.equal(a, b)
 
 
+def test_several_passes_are_one_after_the_other(model):
+    """Log-probs and gradients are those of one pass; each pass sees a part of the rows, and is made twice."""
+    rollout, calls = roll(model), []
+    weights = torch.arange(1.0, 1.0 + rollout.mask.numel()).view_as(rollout.mask) * rollout.mask
+    one = token_logprobs(model, rollout, TEMPERATURE)
+    expected = torch.autograd.grad((weights * one).sum(), [*model.parameters()])
+    hook = model.register_forward_pre_hook(
+        lambda _, __, inputs: calls.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    two = token_logprobs(model, rollout, TEMPERATURE, passes=2)
+    torch.testing.assert_close(two[rollout.mask], one[rollout.mask], atol=1e-6, rtol=0)
+    assert calls == [2, 2]  # of four rows
+    for gradient, wanted in zip(torch.autograd.grad((weights * two).sum(), [*model.parameters()]), expected):
+        torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
+    assert calls == [2, 2, 2, 2]
+    hook.remove()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_scored_in_float32(dtype):
     """Half-precision logits give exact log-probs, and a likely token's gradient 1 − p is rounded only once."""

@@ -119,13 +119,13 @@ def answer_logprobs(model, weights, rollout, temperature):
 def reinforce_by_hand(task, model, start, base, sft, options, generator):
     """(θ, metrics of every step) of T steps of REINFORCE. θ, base and sft are plain tensors, {name: tensor}."""
     o = {"num_generations": 1, "sigma": "off", "baseline": "moving-average", "anchor": "sft", "mu": 0.0}
-    o = SimpleNamespace(**o | vars(options))
+    o = SimpleNamespace(**o | vars(options), answers=options.batch_size * options.accumulation_steps)
     theta = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
     ema, past, rows, k, limit = dict(start), [], [], o.num_generations, o.max_grad_norm or math.inf
     adam = torch.optim.AdamW(theta.values(), lr=o.lr, weight_decay=0.0)
-    for _, few in zip(range(o.steps), batches_by_hand(task.prompts, o.batch_size // k, generator)):
+    for _, few in zip(range(o.steps), batches_by_hand(task.prompts, o.answers // k, generator)):
         batch = [prompt for prompt in few for _ in range(k)]
-        uniform = torch.rand(o.batch_size, o.max_length, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(o.answers, o.max_length, generator=generator, dtype=torch.float64)
         set_weights(model, dense(base, theta, o))
         rollout = sample(model, [prompt.tokens for prompt in batch], uniform, o.temperature)
         prompts, rows_of_tokens = [prompt.text for prompt in batch], zip(rollout.completions, rollout.mask)
@@ -166,7 +166,8 @@ def assert_metrics(metrics, expected):
 
 
 REINFORCE_ARMS = ["", "--max-grad-norm 0.5 --temperature 1.3", "--baseline leave-one-out --num-generations 4",
-                  "--sigma advantage", "--sigma penalty --num-generations 2", "--lora-r 2"]  # fmt: skip
+                  "--sigma advantage --accumulation-steps 2", "--sigma penalty --num-generations 2",
+                  "--lora-r 2"]  # fmt: skip
 
 
 @pytest.mark.parametrize("arm", REINFORCE_ARMS)
@@ -229,7 +230,7 @@ def warp_by_hand(task, options):
     return only(sft), merged, only(base), {name: only(theta) for name, theta in kept.items()}, rows
 
 
-WARP_ARMS = ["", "--merge linear --anchor sft", "--lora-r 2 --merge-by model",
+WARP_ARMS = ["", "--merge linear --anchor sft --accumulation-steps 2", "--lora-r 2 --merge-by model",
              "--runs 3 --iterations 1 --steps 3 --merge-by tensor --max-grad-norm 0.5"]  # fmt: skip
 
 
@@ -589,7 +590,8 @@ def test_pretraining_learns_from_the_texts_of_the_world(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("script", [train_reinforce, train_warp])
 def test_evaluation_while_it_trains_changes_nothing(in_world, tmp_path, script):
-    """--eval-every writes the held-out scores and three answers into metrics.jsonl; the last ones are the table's."""
+    """--eval-every writes the held-out scores and three answers into metrics.jsonl; the last ones are the table's, or
+    those with the best r − β KL."""
     flags = "--steps 4 --batch-size 4 --num-eval-prompts 6 --max-length 16 --lr 1e-3 --lora-r 2".split()
     flags += [*ONE_RUN[script], "--out"]
     script.main([*flags, str(tmp_path / "plain")])
@@ -603,9 +605,14 @@ def test_evaluation_while_it_trains_changes_nothing(in_world, tmp_path, script):
     samples = rows[-1]["samples"]
     assert len(samples) == 3 and {*samples[0]} == {"prompt", "completion"}
     if script is train_reinforce:
-        after = read_summary(tmp_path / "watched")["after"]
-        for key in ("reward", "gold", "kl"):
-            assert rows[-1][f"eval_{key}"] == pytest.approx(after[key], abs=1e-5)
+        script.main([*flags, str(tmp_path / "best"), "--eval-every", "1", "--keep", "best", "--beta", "100"])
+        best = max(read_metrics(tmp_path / "best"), key=lambda row: row["eval_reward"] - 100 * row["eval_kl"])
+        assert best["step"] < 4  # so that `best` and the last can be told apart
+        for name, row in {"watched": rows[-1], "best": best}.items():
+            summary = read_summary(tmp_path / name)
+            assert summary["step"] == row["step"]
+            for key in ("reward", "gold", "kl"):
+                assert row[f"eval_{key}"] == pytest.approx(summary["after"][key], abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

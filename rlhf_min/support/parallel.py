@@ -82,10 +82,10 @@ class Team:
 ALONE = Team()
 
 
-def join(batch_size, k=1, runs=1):
-    """Meet the other processes; returns this one's team. `runs` are trained side by side, `k` answers share a prompt.
+def join(rows, k=1, runs=1):
+    """Meet the other processes; returns this one's team, which shares the `rows` of a step.
 
-    UserError where a batch cannot be shared.
+    `runs` are trained side by side, `k` answers share a prompt. UserError where a step cannot be shared.
     """
     count = world_size()
     if count == 1:
@@ -94,7 +94,7 @@ def join(batch_size, k=1, runs=1):
     teams = min(runs, count)
     made = [Team(range(first, count, teams), first, teams) for first in range(teams)]  # everybody makes every team
     team = made[rank() % teams]
-    if batch_size % (team.size * k):
+    if rows % (team.size * k):
         shared = f"{team.size} processes that share it" + (f" times {k} answers to a prompt" if k > 1 else "")
-        raise UserError(f"--batch-size {batch_size} must be a multiple of the {shared}")
+        raise UserError(f"--batch-size gives a step {rows} rows, not a multiple of the {shared}")
     return team

@@ -5,7 +5,8 @@
     python benchmarks/documents.py first=runs/warp-1         # makes docs/results/first.json of finished runs first
 
 A result file holds the command, the commit, the machine and the rows of an experiment. A table stands in a document
-between <!-- results FUNCTION NAME --> and <!-- end -->; FUNCTION is one of TABLES, NAME the result file that it reads.
+between <!-- results FUNCTION NAME --> and <!-- end -->; FUNCTION is one of TABLES, or the name of a table that the run
+itself printed; NAME is the result file that it reads.
 A test fails where a document says something else than its results.
 """
 
@@ -14,7 +15,7 @@ import json
 import math
 import re
 import sys
-from itertools import pairwise, product
+from itertools import groupby, pairwise, product
 from pathlib import Path
 from textwrap import shorten
 
@@ -41,6 +42,7 @@ PARTNERS = {  # an arm of WARP: REINFORCE with the same β, the same number of s
 }  # fmt: skip
 COMMANDS = {"reinforce": "`train_reinforce.py`", "reinforce_1e-3": "`train_reinforce.py --lr 1e-3`",
             "warp": "`train_warp.py --lr 1e-4`, η = 1"}  # fmt: skip
+DRAWN = ("loss", "accuracy", "reward", "kl")  # over the steps
 PANELS = {"β = 0": "hacking-0-", "β = .135": "hacking-0.135-"}  # {title: how the names of its runs begin}
 
 
@@ -56,8 +58,10 @@ def collect(name, folders):
         tables = read_json(folder / "summary.json")
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
         steps = [line for line in lines if line.get("grad_norm") is not None]
-        tables["training"] = {name: mean_se([line[name] for line in steps])[0] for name in ("grad_norm", "clipped")}
+        tables["summary"] = {name: value for name, value in tables.items() if isinstance(value, int | float)}
+        tables["steps"] = {name: mean_se([line[name] for line in steps])[0] for name in ("grad_norm", "clipped")}
         tables["watched"] = [line for line in lines if line.pop("samples", None)]
+        tables["curve"] = list(curve(lines))
         results.append({"commit": run["commit"], "rows": []})
         for table, rows in tables.items():
             for row in rows if isinstance(rows, list) else [rows]:
@@ -66,6 +70,16 @@ def collect(name, folders):
                     results[-1]["rows"].append(found)
     commands = [" ".join(["python", *run["command"]]) for run in runs]
     save_results(ROOT / "docs" / "results" / f"{name}.json", commands, results, runs[0]["threads"])
+
+
+def curve(lines, size=20):
+    """Means over `size` steps of what is drawn over the steps; m is the number of a run of WARP."""
+    for (iteration, m), run in groupby(lines, key=lambda line: (line.get("iteration", 1), line.get("run", 1))):
+        run = list(run)
+        for start in range(0, len(run), size):
+            block = run[start : start + size]
+            means = {name: mean_se([line[name] for line in block])[0] for name in DRAWN if name in block[0]}
+            yield {"iteration": iteration, "m": m, "step": block[-1]["step"], **means}
 
 
 # Statistics over seeds
@@ -219,15 +233,15 @@ def by_form(rows):
 
 def front(results):
     """The fronts of WARP runs, and model/, the last θ_init, as the runs printed them."""
-    several = len({row["run"] for row in results}) > 1
-    rows = []
-    for row in results:
-        if row["table"] in ("front", "model"):
-            name = {"run": row["run"]} if several else {}
-            rows.append(
-                name | {"eta": "model/"} | {key: row[key] for key in row if key not in ("run", "seed", "table")}
-            )
-    return format_table(rows)
+    rows = [{"eta": "model/", **row} if row["table"] == "model" else row for row in results]
+    return printed(rows, ["front", "model"])
+
+
+def printed(results, tables):
+    """The rows of a table as the runs printed them; where there are several runs, each row begins with its run."""
+    rows = [row for row in results if row["table"] in tables]
+    hidden = {"seed", "table"} | ({"run"} if len({row["run"] for row in rows}) == 1 else set())
+    return format_table([{key: value for key, value in row.items() if key not in hidden} for row in rows])
 
 
 def trained(results):
@@ -243,7 +257,7 @@ def trained(results):
 def clipping(results):
     """Runs named COMMAND-LIMIT-SEED, with the limit 1 and none: where they end, and the paired difference in gold."""
     rows, ends = [], {row["run"]: row for row in results if row["table"] in ("after", "front")}  # of a front, the last
-    training = {row["run"]: row for row in results if row["table"] == "training"}
+    training = {row["run"]: row for row in results if row["table"] == "steps"}
     groups = {}
     for run in ends:
         groups.setdefault(run.rpartition("-")[0], []).append(run)
@@ -276,7 +290,12 @@ TABLES = {function.__name__: function for function in
 
 def filled(text):
     """A document with its tables as the results have them."""
-    return BLOCK.sub(lambda block: block[1] + TABLES[block[2]](read_results(block[3])["rows"]) + block[4], text)
+
+    def table(block):
+        make = TABLES.get(block[2]) or functools.partial(printed, tables=[block[2]])
+        return block[1] + make(read_results(block[3])["rows"]) + block[4]
+
+    return BLOCK.sub(table, text)
 
 
 # Figures
@@ -392,6 +411,24 @@ def plot_hacking(rows, path):
         panel.set_xlim(left=0)
 
     draw(list(PANELS), fill, path, (4.4, 3.4))
+
+
+def plot_curves(rows, names, path):
+    """Columns over the steps: a color a folder, a line for each run of each iteration of WARP."""
+    lines = {}  # {(folder, iteration, m): rows}
+    for row in rows:
+        if row["table"] == "curve" and names[0] in row:
+            lines.setdefault((row["run"], row["iteration"], row["m"]), []).append(row)
+    folders = list(dict.fromkeys(folder for folder, _, _ in lines))
+
+    def fill(panel, name):
+        for (folder, iteration, m), line in lines.items():
+            before = (iteration - 1) * line[-1]["step"]
+            style = {"color": f"C{folders.index(folder)}", "label": folder if iteration == m == 1 else None}
+            panel.plot([before + row["step"] for row in line], [row[name] for row in line], linewidth=1.2, **style)
+        panel.set(xlabel="step", ylabel=name)
+
+    draw(names, fill, path, (4.4, 3.2))
 
 
 def main():

@@ -104,13 +104,14 @@ def compare_arms(seed, task, reference, options, log):
             columns = judge_policy(policy, tokenizer, eval_prompts, judges, options, reference)
             level_1.setdefault(at, columns["gold"])  # the first arm's
             if arm == "off":
-                off[at] = mean_se(columns["gold"])[0]
+                off[at] = columns["gold"]
             row = {"eta": eta, "kl": mean_se(columns["kl"])[0]}
-            row |= {judge: mean_se(columns[judge])[0] for judge in ("gold", "fluency", "length")}
+            row["gold"] = mean_se(columns["gold"])[0]
             row |= {f"{judge}_z": z_score(columns[judge], before[judge]) for judge in [*HEADS, "gold"]}
             row["win_rate_sft"] = win_rate(columns["gold"], before["gold"])
             row["win_rate_level_1"] = win_rate(columns["gold"], level_1[at])
-            row["gold_minus_off"] = row["gold"] - off[at]  # paired: the same seed, prompts and reward model
+            for name, other in {"level_1": level_1, "off": off}.items():  # paired: the same seed and prompts
+                row[f"gold_minus_{name}"] = row["gold"] - mean_se(other[at])[0]
             rows[f"{head}, {arm}", at] = row
     return rows
 
@@ -138,13 +139,15 @@ def main(argv=None):
             for key, row in rows.items():
                 results.setdefault(key, []).append(row)
 
-        tables = {"reward models": [{"head": head, **over_seeds(rows)} for head, rows in quality.items()]}
+        tables = {"quality": [{"head": head, **over_seeds(rows)} for head, rows in quality.items()]}
         for at in ("end", "matched"):
             tables[at] = [{"arm": arm, **over_seeds(rows)} for (arm, when), rows in results.items() if when == at]
         text = "".join(f"{title}\n\n{format_table(rows)}\n\n" for title, rows in tables.items())
         print("\n" + text)
         (log.folder / "table.md").write_text(text, encoding="utf-8")
-        log.finish(**tables, by_seed={f"{arm}, {at}": rows for (arm, at), rows in results.items()})
+        by_seed = [{"arm": arm, "at": at, "seed": seed, **row} for (arm, at), rows in results.items()
+                   for seed, row in enumerate(rows, 1)]  # fmt: skip
+        log.finish(**tables, by_seed=by_seed)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,11 @@ def test_result_files_of_finished_runs(monkeypatch, tmp_path):
     assert (results["command"], results["commits"], results["seeds"]) == (["python train_warp.py --lr 1"], ["c1"], [7])
     assert documents.front(results["rows"]) == documents.format_table([*points, {"eta": "model/", **model}])
     assert documents.samples(results["rows"]).splitlines()[3] == "after   was great."
+    assert documents.printed(results["rows"], ["summary"]) == documents.format_table(
+        [{"mu_T": 1.0, "wall_seconds": 3.0}]
+    )
+    (curve,) = (row for row in results["rows"] if row["table"] == "curve")
+    assert (curve["step"], curve["m"], curve["kl"]) == (2, 1, pytest.approx(0.15))
     (watched,) = (row for row in results["rows"] if row["table"] == "watched")
     assert (watched["step"], watched["eval_kl"]) == (2, 0.25)
     for name, kl in (("b", 0.5), ("c", 0.75)):

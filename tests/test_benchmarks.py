@@ -110,11 +110,13 @@ def test_levels_from_end_to_end(in_world, monkeypatch):
     levels.main([*flags.split(), "--arms", "off", "folded", "--out", "runs/levels"])
     runs = [read(f"runs/levels/{head}1/run.json")["options"] for head in ("scalar", "strict", "half")]
     assert [run["head"] for run in runs] == ["scalar", "ordinal", "ordinal"] and runs[2]["ties"] == "half"
-    end, matched = (read("runs/levels/summary.json")[at] for at in ("end", "matched"))
+    end, matched, by_seed = (read("runs/levels/summary.json")[name] for name in ("end", "matched", "by_seed"))
     assert [row["arm"] for row in end] == ["scalar, off", "strict, off", "strict, folded", "half, off", "half, folded"]
     assert matched == end and all(row["eta"] == 1.0 and 0 < row["kl"] < 5 for row in end)  # nearer than 5 nats
     assert all(row["gold_minus_off"] == 0.0 for row in end if row["arm"].endswith(", off"))
-    assert end[0]["win_rate_level_1"] == 0.5  # against itself
+    assert end[0]["win_rate_level_1"] == 0.5 and end[0]["gold_minus_level_1"] == 0.0  # against itself
+    assert end[3]["gold_minus_level_1"] == pytest.approx(end[3]["gold"] - end[0]["gold"])
+    assert by_seed[0].items() >= {"arm": "scalar, off", "at": "end", "seed": 1, "gold": end[0]["gold"]}.items()
     first = [json.loads(line) for line in Path("runs/levels/metrics.jsonl").read_text().splitlines()][::2]
     assert all(row["kl"] == row["baseline"] == 0.0 for row in first)
     assert len({row["entropy"] for row in first}) == 1 and len({row["reward"] for row in first}) == 5

@@ -440,6 +440,7 @@ def main():
     rows = [row for row in read_results("world")["rows"] if row["table"] == "front"]
     fronts = {run: [row for row in rows if row["run"] == run] for run in dict.fromkeys(row["run"] for row in rows)}
     plot_front(fronts, ["reward", "gold"], ROOT / "docs" / "front.png")
+    plot_curves(read_results("imdb_reward_model")["rows"], ["loss", "accuracy"], ROOT / "docs" / "imdb_reward_model.png")
     arms = by_arm(read_results("ablations")["rows"])
     plots = {"fronts": plot_fronts, "contrasts": plot_contrasts, "curvature": plot_curvature, "grid": plot_grid}
     for name, plot in plots.items():

@@ -76,7 +76,7 @@ def curve(lines, size=20):
     """Means over `size` steps of what is drawn over the steps; m is the number of a run of WARP."""
     for (iteration, m), run in groupby(lines, key=lambda line: (line.get("iteration", 1), line.get("run", 1))):
         run = list(run)
-        for start in range(0, len(run), size):
+        for start in range(0, max(1, len(run) - size + 1), size):  # no short block at the end
             block = run[start : start + size]
             means = {name: mean_se([line[name] for line in block])[0] for name in DRAWN if name in block[0]}
             yield {"iteration": iteration, "m": m, "step": block[-1]["step"], **means}
@@ -424,7 +424,10 @@ def plot_curves(rows, names, path):
     def fill(panel, name):
         for (folder, iteration, m), line in lines.items():
             before = (iteration - 1) * line[-1]["step"]
-            style = {"color": f"C{folders.index(folder)}", "label": folder if iteration == m == 1 else None}
+            style = {
+                "color": f"C{folders.index(folder)}",
+                "label": folder if iteration == m == 1 and folders[1:] else None,
+            }
             panel.plot([before + row["step"] for row in line], [row[name] for row in line], linewidth=1.2, **style)
         panel.set(xlabel="step", ylabel=name)
 
@@ -440,7 +443,9 @@ def main():
     rows = [row for row in read_results("world")["rows"] if row["table"] == "front"]
     fronts = {run: [row for row in rows if row["run"] == run] for run in dict.fromkeys(row["run"] for row in rows)}
     plot_front(fronts, ["reward", "gold"], ROOT / "docs" / "front.png")
-    plot_curves(read_results("imdb_reward_model")["rows"], ["loss", "accuracy"], ROOT / "docs" / "imdb_reward_model.png")
+    plot_curves(
+        read_results("imdb_reward_model")["rows"], ["loss", "accuracy"], ROOT / "docs" / "imdb_reward_model.png"
+    )
     arms = by_arm(read_results("ablations")["rows"])
     plots = {"fronts": plot_fronts, "contrasts": plot_contrasts, "curvature": plot_curvature, "grid": plot_grid}
     for name, plot in plots.items():

@@ -148,36 +148,49 @@ def rms_norm(self, x):
     return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.variance_epsilon).to(x.dtype)
 
 
-def ablations(options):
-    """Seconds to sample 64 × 128 tokens with one thing changed; the floor is reading the weights once a token."""
-    patch = contextlib.ExitStack()
-    variants = {
-        "graph": {},
-        "graph, LoRA r 16": {"lora_r": 16},
-        "graph, cuDNN's attention": {"cudnn": True},
-        "graph, F.rms_norm": {"owner": modeling_llama.LlamaRMSNorm, "forward": rms_norm},
-        "graph, compiled blocks": {
-            "owner": modeling_llama.LlamaDecoderLayer,
-            "forward": torch.compile(modeling_llama.LlamaDecoderLayer.forward) if not options.toy else None,
-        },
-        "plain loop": {"plain": True},
-    }
-    for name, change in variants.items():
-        with patch:
-            gpu_step.STEPS.clear()
-            gpu_step.REFUSED.clear()
-            if change.get("forward"):
-                patch.callback(setattr, change["owner"], "forward", change["owner"].forward)
-                change["owner"].forward = change["forward"]
-            torch.backends.cuda.enable_cudnn_sdp(change.get("cudnn", False))
-            if change.get("plain"):
-                patch.callback(setattr, gpu_step, "decode", gpu_step.decode)
-                gpu_step.decode = lambda *inputs: None
-            policy = small_policy(options, change.get("lora_r", 0))
-            turn = sampling_turn(policy, options)
-            row = {"row": f"sample, {name}", "ours, s": seconds_of(turn, options, 3), "graph": speed.graph()}
-            weights = sum(p.numel() for p in policy.parameters()) * (4 if options.precision == "fp32" else 2)
-            yield row | {"read per token, GB": weights / 1e9, "tokens": length_of(options)}
+def compiled_step():
+    """LlamaModel.forward, compiled where it makes a recorded step whose keys and values have their places."""
+    plain = modeling_llama.LlamaModel.forward
+    compiled = torch.compile(plain)
+
+    def forward(self, *args, past_key_values=None, **kwargs):
+        recorded = isinstance(past_key_values, gpu_step.Step) and past_key_values.keys
+        return (compiled if recorded else plain)(self, *args, past_key_values=past_key_values, **kwargs)
+
+    return forward
+
+
+def ablations(*names):
+    """A stage: seconds to sample 64 × 128 tokens with one thing changed. The floor is reading the weights once a token."""
+
+    def stage(options):
+        changes = {
+            "graph": {},
+            "graph, LoRA r 16": {"lora_r": 16},
+            "graph, cuDNN's attention": {"cudnn": True},
+            "graph, F.rms_norm": {"owner": modeling_llama.LlamaRMSNorm, "forward": rms_norm},
+            "graph, compiled step": {"owner": modeling_llama.LlamaModel, "forward": compiled_step()},
+            "plain loop": {"plain": True},
+        }
+        for name in names:
+            change = changes[name]
+            with contextlib.ExitStack() as patch:
+                gpu_step.STEPS.clear()
+                gpu_step.REFUSED.clear()
+                if change.get("forward"):
+                    patch.callback(setattr, change["owner"], "forward", change["owner"].forward)
+                    change["owner"].forward = change["forward"]
+                torch.backends.cuda.enable_cudnn_sdp(change.get("cudnn", False))
+                if change.get("plain"):
+                    patch.callback(setattr, gpu_step, "decode", gpu_step.decode)
+                    gpu_step.decode = lambda *inputs: None
+                policy = small_policy(options, change.get("lora_r", 0))
+                turn = sampling_turn(policy, options)
+                row = {"row": f"sample, {name}", "ours, s": seconds_of(turn, options, 3), "graph": speed.graph()}
+                weights = sum(p.numel() for p in policy.parameters()) * (4 if options.precision == "fp32" else 2)
+                yield row | {"read per token, GB": weights / 1e9, "tokens": length_of(options)}
+
+    return stage
 
 
 def profile(options):
@@ -275,10 +288,14 @@ STAGES = {  # name: (what it does, its limit in seconds), in the order of their 
     "profile": (profile, 40),
     "step": (speed_rows("step-gpt2-64"), 100),
     "precisions": (precisions, 110),
-    "ablations": (ablations, 60),
+    "ablations": (
+        ablations("graph", "graph, LoRA r 16", "graph, cuDNN's attention", "graph, F.rms_norm", "plain loop"),
+        60,
+    ),
     "lora": (speed_rows("lora-pass", "reward-lora"), 60),
     "merge": (speed_rows("merge"), 30),
     "nccl": (nccl, 25),
+    "compiled": (ablations("graph", "graph, compiled step"), 180),  # Inductor takes a minute or two
     "experiments": (experiments, 540),
 }
 

@@ -229,7 +229,7 @@ def test_a_mistake_is_one_line(in_world, capsys, tmp_path, module, flags, fragme
 
 
 @pytest.mark.parametrize(
-    "stage, rows", [("facts", 4), ("profile", 2), ("precisions", 3), ("ablations", 6), ("nccl", 1)]
+    "stage, rows", [("facts", 4), ("profile", 2), ("precisions", 3), ("ablations", 5), ("compiled", 2), ("nccl", 1)]
 )
 def test_stages_of_the_gpu_benchmark(in_world, tmp_path, stage, rows):
     """At toy size, on the CPU, every stage that starts no process of its own gives its rows."""

@@ -61,7 +61,8 @@ class Step:
         self.slot, self.steps, self.keys, self.values = full(0, 1), full(0, 1), [], []
         self.eos, self.pad = torch.tensor(config.eos_token_id, device=device), config.pad_token_id
         self.temperature, self.draw = temperature, draw
-        self.take()  # what a first call allocates must not be recorded
+        for _ in range(2):  # what first calls allocate, or compile, must not be recorded
+            self.take()
         if device.type == "cuda":
             self.graph = torch.cuda.CUDAGraph()
             # the outer stream is put back where a capture that fails leaves its own

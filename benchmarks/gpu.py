@@ -161,7 +161,7 @@ def compiled_step():
 
 
 def ablations(*names):
-    """A stage: seconds to sample 64 × 128 tokens with one thing changed. The floor is reading the weights once a token."""
+    """A stage: seconds to sample 64 × 128 tokens with one thing changed; at best, weights are read once a token."""
 
     def stage(options):
         changes = {

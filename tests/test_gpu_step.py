@@ -74,12 +74,8 @@ def test_in_autocast_the_copies_are_of_its_dtype(monkeypatch):
     (step,) = gpu_step.STEPS.values()
     assert step.model.transformer.h[0].mlp.c_fc.weight.dtype == step.model.lm_head.weight.dtype == torch.bfloat16
     assert step.model.transformer.h[0].attn.c_attn.bias.dtype == torch.bfloat16
-    assert caches == [
-        False,
-        False,
-        True,
-        False,
-    ]  # twice to warm up, the prompt, recorded: a graph must not read such a cache
+    # twice to warm up, the prompt, recorded: a graph must not read such a cache
+    assert caches == [False, False, True, False]
     assert step.model.transformer.wte.weight is policy.transformer.wte.weight
 
 

@@ -438,19 +438,22 @@ def main():
     for argument in sys.argv[1:]:
         name, folders = argument.split("=")
         collect(name, folders.split(","))
-    plot_forms(read_results("kl")["rows"], ROOT / "docs" / "kl.png")
-    plot_hacking(read_results("hacking")["rows"], ROOT / "docs" / "tutorial_hacking.png")
-    rows = [row for row in read_results("world")["rows"] if row["table"] == "front"]
-    fronts = {run: [row for row in rows if row["run"] == run] for run in dict.fromkeys(row["run"] for row in rows)}
-    plot_front(fronts, ["reward", "gold"], ROOT / "docs" / "front.png")
-    plot_curves(
-        read_results("imdb_reward_model")["rows"], ["loss", "accuracy"], ROOT / "docs" / "imdb_reward_model.png"
-    )
-    arms = by_arm(read_results("ablations")["rows"])
+    docs, rows = ROOT / "docs", lambda name: read_results(name)["rows"]
+    plot_forms(rows("kl"), docs / "kl.png")
+    plot_hacking(rows("hacking"), docs / "tutorial_hacking.png")
+    for name, judges, file in (("world", ["reward", "gold"], "front.png"), ("imdb", ["reward"], "imdb_fronts.png")):
+        fronts = {}
+        for row in rows(name):
+            if row["table"] == "front":
+                fronts.setdefault(row["run"], []).append(row)
+        plot_front(fronts, judges, docs / file)
+    plot_curves(rows("imdb_reward_model"), ["loss", "accuracy"], docs / "imdb_reward_model.png")
+    plot_curves(rows("imdb"), ["reward", "kl"], docs / "imdb_steps.png")
+    arms = by_arm(rows("ablations"))
     plots = {"fronts": plot_fronts, "contrasts": plot_contrasts, "curvature": plot_curvature, "grid": plot_grid}
     for name, plot in plots.items():
-        plot(arms, ROOT / "docs" / f"ablation_{name}.png")
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        plot(arms, docs / f"ablation_{name}.png")
+    for path in [ROOT / "README.md", *docs.glob("*.md")]:
         text = path.read_text("utf-8")
         path.write_text(filled(text), "utf-8")
 

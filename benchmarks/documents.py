@@ -61,7 +61,8 @@ def collect(name, folders):
         tables["summary"] = {name: value for name, value in tables.items() if isinstance(value, int | float)}
         tables["steps"] = {name: mean_se([line[name] for line in steps])[0] for name in ("grad_norm", "clipped")}
         tables["watched"] = [line for line in lines if line.pop("samples", None)]
-        tables["curve"] = list(curve(lines))
+        one = run["command"][0].startswith("train_")  # the lines of a benchmark are those of many trainings
+        tables["curve"] = list(curve(lines)) if one else []
         results.append({"commit": run["commit"], "rows": []})
         for table, rows in tables.items():
             for row in rows if isinstance(rows, list) else [rows]:
@@ -240,6 +241,8 @@ def front(results):
 def printed(results, tables):
     """The rows of a table as the runs printed them; where there are several runs, each row begins with its run."""
     rows = [row for row in results if row["table"] in tables]
+    if not rows:
+        raise KeyError(f"no run printed {tables}")
     hidden = {"seed", "table"} | ({"run"} if len({row["run"] for row in rows}) == 1 else set())
     return format_table([{key: value for key, value in row.items() if key not in hidden} for row in rows])
 
@@ -424,11 +427,9 @@ def plot_curves(rows, names, path):
     def fill(panel, name):
         for (folder, iteration, m), line in lines.items():
             before = (iteration - 1) * line[-1]["step"]
-            style = {
-                "color": f"C{folders.index(folder)}",
-                "label": folder if iteration == m == 1 and folders[1:] else None,
-            }
-            panel.plot([before + row["step"] for row in line], [row[name] for row in line], linewidth=1.2, **style)
+            label = folder if iteration == m == 1 and folders[1:] else None
+            points = [(before + row["step"], row[name]) for row in line]
+            panel.plot(*zip(*points), linewidth=1.2, color=f"C{folders.index(folder)}", label=label)
         panel.set(xlabel="step", ylabel=name)
 
     draw(names, fill, path, (4.4, 3.2))

@@ -50,14 +50,12 @@ class ReinforceOptions(TaskOptions):
     baseline: str = option("moving-average", "b: mean of all past R, or of the k − 1 other answers", choices=BASELINES)
     num_generations: int = option(1, "k: answers to the same prompt; --batch-size counts answers", low=1)
     sigma: str = option("off", "σ: unused, f(σ) = 1/(1+σ) on the advantage, or r − σ", choices=SIGMA_USES)
-    keep: str = option(
-        "last", "save the last weights, or those of the best held-out r − β KL", choices=["best", "last"]
-    )
+    keep: str = option("last", "save the last weights, or the best by held-out r − β KL", choices=["best", "last"])
 
     def check(self):
         super().check()
         if self.answers % self.num_generations:
-            raise UserError(f"the {self.answers} answers of a step must be a multiple of --num-generations")
+            raise UserError(f"--batch-size gives a step {self.answers} answers, no multiple of --num-generations")
         if self.keep == "best" and not 0 < self.eval_every <= self.steps:
             raise UserError("--keep best chooses among evaluations; set --eval-every to at most --steps")
         if self.baseline == "leave-one-out" and self.num_generations < 2:

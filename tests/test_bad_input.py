@@ -94,7 +94,7 @@ MISTAKES = [
     ("warp", "--bacth-size 8", "unrecognized arguments: --bacth-size 8; did you mean --batch-size?"),
     ("warp", "--eta 1.5", "--eta must be between 0 and 1, not 1.5"),
     ("rm", "--lr fast", "--lr: invalid float value: 'fast'"),
-    ("reinforce", "--num-generations 3", "the 2 answers of a step must be a multiple of --num-generations"),
+    ("reinforce", "--num-generations 3", "gives a step 2 answers, no multiple of --num-generations"),
     ("reinforce", "--keep best --eval-every 9", "--keep best chooses among evaluations; set --eval-every to at most"),
     ("reinforce", "--baseline leave-one-out", "--baseline leave-one-out compares answers to one prompt"),
     ("reinforce", "--sigma advantage", "judge gives no σ; name an ordinal reward model"),

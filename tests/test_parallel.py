@@ -118,7 +118,7 @@ def test_a_process_that_dies(in_world, one_process, tmp_path, capsys):
 def test_what_cannot_be_shared(in_world, tmp_path, monkeypatch, capsys):
     """A script for one process, and a batch that cannot be divided evenly, are refused."""
     assert job(tmp_path / "run", 2, "train_reinforce", f"{SAMPLING} --batch-size 6 --num-generations 2") == [2, 2]
-    message = "error: --batch-size gives a step 6 rows, not a multiple of the 2 processes that share it times 2 answers"
+    message = "error: --batch-size gives a step 6 rows, no multiple of the 2 processes that share it times 2 answers"
     assert message in Path(f"{tmp_path}/run.log.0.out").read_text()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

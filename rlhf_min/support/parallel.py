@@ -96,5 +96,5 @@ def join(rows, k=1, runs=1):
     team = made[rank() % teams]
     if rows % (team.size * k):
         shared = f"{team.size} processes that share it" + (f" times {k} answers to a prompt" if k > 1 else "")
-        raise UserError(f"--batch-size gives a step {rows} rows, not a multiple of the {shared}")
+        raise UserError(f"--batch-size gives a step {rows} rows, no multiple of the {shared}")
     return team

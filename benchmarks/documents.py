@@ -6,7 +6,7 @@
 
 A result file holds the command, the commit, the machine and the rows of an experiment. A table stands in a document
 between <!-- results FUNCTION NAME --> and <!-- end -->; FUNCTION is one of TABLES, or the name of a table that the run
-itself printed; NAME is the result file that it reads.
+itself printed, of which further words choose the columns; NAME is the result file that it reads.
 A test fails where a document says something else than its results.
 """
 
@@ -31,7 +31,7 @@ from rlhf_min.support.files import read_json
 from rlhf_min.support.plots import draw, plot_front
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(<!-- results (\w+) (\w+) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results (\w+) (\w+)((?: \w+)*) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 NATS = (1.0, 2.0)  # where fronts are compared
 START, NOTHING = "θ_sft", (math.nan,) * 5
 PARTNERS = {  # an arm of WARP: REINFORCE with the same β, the same number of steps and the same reward model
@@ -61,7 +61,7 @@ def collect(name, folders):
         tables["summary"] = {name: value for name, value in tables.items() if isinstance(value, int | float)}
         tables["steps"] = {name: mean_se([line[name] for line in steps])[0] for name in ("grad_norm", "clipped")}
         tables["watched"] = [line for line in lines if line.pop("samples", None)]
-        one = run["command"][0].startswith("train_")  # the lines of a benchmark are those of many trainings
+        one = run["script"].startswith("train_")  # the lines of a benchmark are those of many trainings
         tables["curve"] = list(curve(lines)) if one else []
         results.append({"commit": run["commit"], "rows": []})
         for table, rows in tables.items():
@@ -69,7 +69,7 @@ def collect(name, folders):
                 if isinstance(row, dict):
                     found = {"run": folder.name, "seed": run["options"]["seed"], "table": table, **row}
                     results[-1]["rows"].append(found)
-    commands = [" ".join(["python", *run["command"]]) for run in runs]
+    commands = [" ".join(["python", run["script"], *run["command"][1:]]) for run in runs]
     save_results(ROOT / "docs" / "results" / f"{name}.json", commands, results, runs[0]["threads"])
 
 
@@ -238,13 +238,15 @@ def front(results):
     return printed(rows, ["front", "model"])
 
 
-def printed(results, tables):
-    """The rows of a table as the runs printed them; where there are several runs, each row begins with its run."""
+def printed(results, tables, columns=()):
+    """The rows of a table as the runs printed them, or these columns; with several runs, each begins with its run."""
     rows = [row for row in results if row["table"] in tables]
-    if not rows:
-        raise KeyError(f"no run printed {tables}")
+    names = {re.sub("_(se|low|high)$", "", key) for row in rows for key in row}
+    if not rows or set(columns) - names:
+        raise KeyError(f"no run printed {tables} with {columns}")
     hidden = {"seed", "table"} | ({"run"} if len({row["run"] for row in rows}) == 1 else set())
-    return format_table([{key: value for key, value in row.items() if key not in hidden} for row in rows])
+    shown = (set(columns) | {"run"} if columns else names) - hidden
+    return format_table([{key: row[key] for key in row if re.sub("_(se|low|high)$", "", key) in shown} for row in rows])
 
 
 def trained(results):
@@ -295,8 +297,8 @@ def filled(text):
     """A document with its tables as the results have them."""
 
     def table(block):
-        make = TABLES.get(block[2]) or functools.partial(printed, tables=[block[2]])
-        return block[1] + make(read_results(block[3])["rows"]) + block[4]
+        make = TABLES.get(block[2]) or functools.partial(printed, tables=[block[2]], columns=block[4].split())
+        return block[1] + make(read_results(block[3])["rows"]) + block[5]
 
     return BLOCK.sub(table, text)
 

@@ -116,7 +116,8 @@ def test_documents_show_their_results():
 def write_run(folder, summary, lines=()):
     """What a finished run leaves, as far as a result file takes it."""
     folder.mkdir(parents=True)
-    run = {"commit": "c1", "threads": 2, "command": ["train_warp.py", "--lr", "1"], "options": {"seed": 7}}
+    run = {"commit": "c1", "threads": 2, "script": "train_warp.py", "command": ["warp", "--lr", "1"]}
+    run |= {"options": {"seed": 7}}
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "summary.json").write_text(json.dumps(summary | {"wall_seconds": 3.0}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -138,6 +139,10 @@ def test_result_files_of_finished_runs(monkeypatch, tmp_path):
     assert documents.printed(results["rows"], ["summary"]) == documents.format_table(
         [{"mu_T": 1.0, "wall_seconds": 3.0}]
     )
+    kl = [{"kl": point["kl"], "kl_se": point["kl_se"]} for point in points]
+    assert documents.printed(results["rows"], ["front"], ["kl"]) == documents.format_table(kl)
+    with pytest.raises(KeyError):
+        documents.printed(results["rows"], ["front"], ["gold"])
     (curve,) = (row for row in results["rows"] if row["table"] == "curve")
     assert (curve["step"], curve["m"], curve["kl"]) == (2, 1, pytest.approx(0.15))
     (watched,) = (row for row in results["rows"] if row["table"] == "watched")

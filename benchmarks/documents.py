@@ -6,7 +6,7 @@
 
 A result file holds the command, the commit, the machine and the rows of an experiment. A table stands in a document
 between <!-- results FUNCTION NAME --> and <!-- end -->; FUNCTION is one of TABLES, or the name of a table that the run
-itself printed, of which further words choose the columns; NAME is the result file that it reads.
+itself printed; NAME is the result file that it reads. Behind a colon may stand the columns to show of a printed table.
 A test fails where a document says something else than its results.
 """
 
@@ -31,7 +31,7 @@ from rlhf_min.support.files import read_json
 from rlhf_min.support.plots import draw, plot_front
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(<!-- results (\w+) (\w+)((?: \w+)*) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results (\w+) (\w+)(?:: (.*?))? -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 NATS = (1.0, 2.0)  # where fronts are compared
 START, NOTHING = "θ_sft", (math.nan,) * 5
 PARTNERS = {  # an arm of WARP: REINFORCE with the same β, the same number of steps and the same reward model
@@ -56,20 +56,23 @@ def collect(name, folders):
     runs, results = [read_json(f"{folder}/run.json") for folder in folders], []
     for folder, run in zip(map(Path, folders), runs):
         tables = read_json(folder / "summary.json")
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        path = folder / "metrics.jsonl"  # what trains nothing has none
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
         steps = [line for line in lines if line.get("grad_norm") is not None]
         tables["summary"] = {name: value for name, value in tables.items() if isinstance(value, int | float)}
-        tables["steps"] = {name: mean_se([line[name] for line in steps])[0] for name in ("grad_norm", "clipped")}
+        norms = ("grad_norm", "clipped") if steps else ()
+        tables["steps"] = {name: mean_se([line[name] for line in steps])[0] for name in norms}
         tables["watched"] = [line for line in lines if line.pop("samples", None)]
         one = run["script"].startswith("train_")  # the lines of a benchmark are those of many trainings
         tables["curve"] = list(curve(lines)) if one else []
         results.append({"commit": run["commit"], "rows": []})
         for table, rows in tables.items():
             for row in rows if isinstance(rows, list) else [rows]:
-                if isinstance(row, dict):
+                if isinstance(row, dict) and row:
                     found = {"run": folder.name, "seed": run["options"]["seed"], "table": table, **row}
                     results[-1]["rows"].append(found)
-    commands = [" ".join(["python", run["script"], *run["command"][1:]]) for run in runs]
+    starts = ["python" if run["processes"] == 1 else f"torchrun --nproc-per-node {run['processes']}" for run in runs]
+    commands = [" ".join([start, run["script"], *run["command"][1:]]) for start, run in zip(starts, runs)]
     save_results(ROOT / "docs" / "results" / f"{name}.json", commands, results, runs[0]["threads"])
 
 
@@ -297,7 +300,8 @@ def filled(text):
     """A document with its tables as the results have them."""
 
     def table(block):
-        make = TABLES.get(block[2]) or functools.partial(printed, tables=[block[2]], columns=block[4].split())
+        columns = block[4].split(", ") if block[4] else ()
+        make = TABLES.get(block[2]) or functools.partial(printed, tables=[block[2]], columns=columns)
         return block[1] + make(read_results(block[3])["rows"]) + block[5]
 
     return BLOCK.sub(table, text)

@@ -117,7 +117,7 @@ def write_run(folder, summary, lines=()):
     """What a finished run leaves, as far as a result file takes it."""
     folder.mkdir(parents=True)
     run = {"commit": "c1", "threads": 2, "script": "train_warp.py", "command": ["warp", "--lr", "1"]}
-    run |= {"options": {"seed": 7}}
+    run |= {"options": {"seed": 7}, "processes": 1}
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "summary.json").write_text(json.dumps(summary | {"wall_seconds": 3.0}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -6,7 +6,8 @@
 
 Without a flag: the embedded world's SFT policy against the newest WARP run. A judge's `_z` is in standard deviations of
 the first policy's rewards, `_delta` the mean difference to the first policy on the same prompts, `_low` and `_high` the
-ends of its 95 % bootstrap interval, `_win_rate` the share of prompts that are won, a tie counting ½.
+ends of its 95 % bootstrap interval, `_win_rate` the share of prompts that are won, a tie counting ½. The answers to
+ten of the prompts are in summary.json: read them before you believe a number.
 
 No policy is judged on prompts that it, or the policy it began with, was trained on: run.json says which those are.
 """
@@ -76,8 +77,11 @@ def draw_prompts(names, tokenizer, options):
 
 
 def compare(judges, options, device):
-    """A row per policy; against the first one z-scores, paired differences and win rates under every judge."""
-    rows, first, reference = [], None, None
+    """A row per policy; against the first one z-scores, paired differences and win rates under every judge.
+
+    Also returned are ten prompts with all answers, [{"prompt", policy: answer}].
+    """
+    rows, first, reference, answers = [], None, None, {}
     for name in options.policies:
         policy, tokenizer = load_policy(name, device, options.max_length)
         if reference is None:
@@ -103,7 +107,8 @@ def compare(judges, options, device):
                 row |= dict(zip((f"{judge}_delta", f"{judge}_delta_low", f"{judge}_delta_high"), difference))
                 row[f"{judge}_win_rate"] = evaluation.win_rate(values, reference_values)
         rows.append(row)
-    return rows
+        answers |= {"prompt": columns["prompt"], name: columns["completion"]}
+    return rows, [dict(zip(answers, answer)) for answer in zip(*answers.values())][:10]
 
 
 def front_of(run):
@@ -122,10 +127,11 @@ def main(argv=None):
         fronts = {run: front_of(run) for run in options.front}
         rows = [{"run": run, **row} for run, front in fronts.items() for row in front]
         names = [name for name in rows[0] if name != "kl" and all(row.get(f"{name}_se") is not None for row in rows)]
+        samples = []
     else:
         specs = named_judges(options.judges)
         prepare_world([options.prompts, *options.policies, *specs.values()])
-        rows, names = compare(load_judges(options.judges, device), options, device), [*specs]
+        (rows, samples), names = compare(load_judges(options.judges, device), options, device), [*specs]
         print(f"\n{options.num_prompts} prompts of {options.prompts}, none of which a policy was trained on")
         fronts = {row["policy"]: [row] for row in rows if row["kl"] == row["kl"]}  # KL is NaN across tokenizers
     table = evaluation.format_table(rows)
@@ -133,7 +139,7 @@ def main(argv=None):
     with log.running():
         (log.folder / "table.md").write_text(table + "\n", encoding="utf-8")
         plot_front(fronts, names, log.folder / "front.png")
-        log.finish(rows=rows)
+        log.finish(rows=rows, samples=samples)
 
 
 if __name__ == "__main__":

@@ -284,11 +284,14 @@ def clipping(results):
 
 
 def samples(results):
-    """The answers of the first run, before and after."""
-    rows = [row for row in results if row["table"] == "samples" and row["run"] == results[0]["run"]]
-    clean = lambda text: " ".join(text.split())
-    return "```\n" + "\n\n".join("\n".join(f"{key:7} {clean(row[key])}" for key in ("prompt", "before", "after"))
-                                  for row in rows) + "\n```"  # fmt: skip
+    """Prompts and answers, before and after or of several policies, of the first run that has some."""
+    rows = [row for row in results if row["table"] == "samples"]
+    texts = [{Path(key).name: row[key] for key in row if key not in ("run", "seed", "table")}
+             for row in rows if row["run"] == rows[0]["run"]]  # fmt: skip
+    said = lambda text: text if isinstance(text, str) else text[-1]["content"]  # of a conversation, the last message
+    width = max(map(len, texts[0]))
+    lines = ("\n".join(f"{key:{width}}  {' '.join(said(text).split())}" for key, text in row.items()) for row in texts)
+    return "```\n" + "\n\n".join(lines) + "\n```"
 
 
 TABLES = {function.__name__: function for function in

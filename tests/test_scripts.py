@@ -527,6 +527,11 @@ def test_evaluate_compares_with_the_first(reinforce_run, lora_reinforce_run):
     policies = [toy.POLICY, toy.POLICY, str(reinforce_run), str(lora_reinforce_run / "adapter")]
     evaluate.main(["--policies", *policies, *EVALUATE, "--out", "runs/compared"])
     first, again, *trained = read_summary("runs/compared")["rows"]
+    samples, before_and_after = read_summary("runs/compared")["samples"], read_summary(reinforce_run)["samples"]
+    assert len(samples) == 10 and [*samples[0]] == ["prompt", *dict.fromkeys(policies)]
+    assert [[row["prompt"], row[toy.POLICY], row[str(reinforce_run)]] for row in samples[:3]] == [
+        [row["prompt"], row["before"], row["after"]] for row in before_and_after
+    ]
     assert again["reward_delta"] == 0 and again["reward_win_rate"] == 0.5 and again["kl"] == 0
     assert "reward_delta" not in first and first["gold_z"] == 0
     for row, folder in zip(trained, (reinforce_run, lora_reinforce_run)):

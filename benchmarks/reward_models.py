@@ -1,11 +1,12 @@
 """What is a reward model worth? Accuracy, likelihood, calibration, agreement with ratings; does σ know its errors?
 
+Where the pairs have ratings, the accuracy is also given by the gap between the two: a small gap is nearly a tie.
+
     python benchmarks/reward_models.py --reward-models runs/toy/reward_model runs/toy/ordinal_reward_model
 
 Both heads give a probability that the chosen answer is better: σ(r_w − r_l), or P(i > j) + ½ P(i = j).
 """
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rlhf_min import toy
 from rlhf_min.data import encode_pairs, load_pairs, read_rows
-from rlhf_min.evaluation import format_table
+from rlhf_min.evaluation import format_table, mean_se
 from rlhf_min.losses import preference_logprob
 from rlhf_min.reward_model import load_judge, reward_and_sigma
 from rlhf_min.support.errors import UserError, one_line_errors
@@ -80,10 +81,10 @@ def measure(judge, pairs, ratings, max_length=512):
     ordinal = logits_w.shape[1] > 1
     log_p = (preference_logprob(logits_w, logits_l, "half") if ordinal
              else torch.nn.functional.logsigmoid(reward_w - reward_l)).double()  # (N,)  # fmt: skip
-    n, right = len(rows), (reward_w > reward_l).double()
+    right = (reward_w > reward_l).double()  # (N,)
+    named = lambda name, values: dict(zip((name, f"{name}_se"), mean_se(values.tolist())))
     row = {
-        "pairs": n, "accuracy": right.mean().item(), "accuracy_se": (right.std() / math.sqrt(n)).item(),
-        "nll": -log_p.mean().item(), "nll_se": (log_p.std() / math.sqrt(n)).item(),
+        "pairs": len(rows), **named("accuracy", right), **named("nll", -log_p),
         "calibration_error": calibration_error(log_p.exp()),
     }  # fmt: skip
     if ordinal:
@@ -94,6 +95,9 @@ def measure(judge, pairs, ratings, max_length=512):
         rating = torch.tensor(kept).double()  # (N, 2)
         truth, reward = rating.T.flatten(), torch.cat([reward_w, reward_l]).double()  # (2N,)
         row["spearman"] = spearman(reward, truth)
+        gap = (rating[:, 0] - rating[:, 1]).abs()  # (N,) a pair of nearly equal answers may go either way
+        for name, chosen in {"gap < 1": gap < 1, "gap 1 to 2": (gap >= 1) & (gap < 2), "gap ≥ 2": gap >= 2}.items():
+            row |= named(f"accuracy, {name}", right[chosen]) if chosen.any() else {}
         if ordinal:  # E is free up to its order, and ratings have units of their own, so errors are of standard scores
             standard = lambda x: (x - x.mean()) / x.std()
             error = (standard(reward) - standard(truth)).abs()  # (2N,)

@@ -42,10 +42,11 @@ def plot_front(fronts, judge_names, path):
             x, y = ([row[key] for row in rows] for key in ("kl", name))
             x_error, y_error = ([row[f"{key}_se"] for row in rows] for key in ("kl", name))
             panel.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o-", capsize=2, label=label)
-            for row, shift in ((rows[0], (5, -10)), (rows[-1], (-4, 6))):
-                if "eta" in row:
-                    place = {"xytext": shift, "textcoords": "offset points"}
-                    panel.annotate(f"η={row['eta']:g}", (row["kl"], row[name]), fontsize=7, **place)
+        rows = max(fronts.values(), key=lambda rows: rows[-1]["kl"])  # the ends of all fronts would overlap
+        for row, shift in ((rows[0], (5, -10)), (rows[-1], (-4, 6))):
+            if "eta" in row:
+                place = {"xytext": shift, "textcoords": "offset points"}
+                panel.annotate(f"η={row['eta']:g}", (row["kl"], row[name]), fontsize=7, **place)
         panel.set(xlabel="KL to θ_sft, nats per answer", ylabel=name)
 
     draw(judge_names, fill, path, (4.0, 3.4))

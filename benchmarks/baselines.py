@@ -4,7 +4,7 @@
     python benchmarks/baselines.py --prompts runs/toy/reviews.jsonl --prompt-tokens 22 --out runs/baselines-begun
 
 With N answers a step, k to each of N/k prompts, and σ²_x = Var_x(E[R|x]), σ²_y = E_x[Var(R|x)], the mean square of the
-advantage, to which the gradient's variance is nearly proportional, is
+advantage, to which the gradient's variance is roughly proportional, is
 
     no baseline      (E R)² + σ²_x + σ²_y
     moving average            σ²_x + σ²_y          a constant takes away the level of the reward, not the prompt's worth

@@ -51,14 +51,13 @@ def test_centering_value():
     assert (centered - plain).item() == pytest.approx(0.05, abs=1e-12)
 
 
-def test_gradient_closed_form_and_finite_differences():
+def test_gradient_in_closed_form():
     """The gradient is (2cs ∓ σ(−d)) / B at r_w and r_l, with d = r_w − r_l − margin and s = r_w + r_l."""
     chosen, rejected = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     margin, c = vector(0.0, 0.5, 1.0, 2.0), 0.1
     got = torch.autograd.grad(pairwise_loss(chosen, rejected, margin, c), (chosen, rejected))
     wrong, total = torch.sigmoid(rejected - chosen + margin), chosen + rejected
     close(got, ((-wrong + 2 * c * total) / 4, (wrong + 2 * c * total) / 4))
-    assert torch.autograd.gradcheck(lambda w, r: pairwise_loss(w, r, margin, c), (chosen, rejected))
 
 
 def test_log_space():
@@ -137,13 +136,6 @@ def test_ordinal_gradient_is_prior_minus_posterior(ties):
         close(q_w, again / again.sum(-1, keepdim=True))
         assert (q_w[:, 0] == 0).all() and (q_l[:, -1] == 0).all()  # who won has no 1, who lost has no 10
     close(got, ((chosen.softmax(-1) - q_w) / 4, (rejected.softmax(-1) - q_l) / 4), **exact)
-
-
-@both_ties
-def test_ordinal_gradient_agrees_with_finite_differences(ties):
-    """The gradient, that of the centering term included, passes gradcheck."""
-    chosen, rejected = (random_logits(3, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda w, r: ordinal_loss(w, r, ties, 0.1), (chosen, rejected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

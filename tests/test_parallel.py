@@ -73,12 +73,6 @@ def one_process(world):
     return results(world / "runs/one-process")
 
 
-def test_runs_of_warp_side_by_side(in_world, one_process, tmp_path):
-    """Three runs on two processes give the merged weights, front and metrics of one process, to the bit."""
-    assert job(tmp_path / "two", 2, "train_warp", SIDE_BY_SIDE) == [0, 0]
-    assert results(tmp_path / "two") == one_process
-
-
 SHARED = {
     "train_reinforce": f"{SAMPLING} --steps 3 --num-generations 2 --baseline leave-one-out",
     "train_rm": "--batch-size 16 --epochs 1 --accept-weak --max-length 64 --eval-every 4",

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf_min.data import load_pairs, load_prompts, read_rows, read_texts, write_jsonl
+from rlhf_min.data import load_pairs, load_prompts, read_rows, read_texts
 from rlhf_min.losses import ordinal_loss, pairwise_loss, preference_logprob, rating_mean_std
 from rlhf_min.support.errors import UserError
 from rlhf_min.warp import angle, merge, slerp
@@ -51,18 +51,6 @@ def test_no_file_is_a_traceback(folder, tiny_tokenizer, content, suffix):
             assert all(1 <= len(row.tokens) < OPTIONS.max_length for row in read if hasattr(row, "tokens"))
         except UserError as error:
             assert path.name in str(error)
-
-
-@many
-@given(written=st.lists(texts, min_size=1, max_size=5))
-def test_any_text_survives_writing_and_reading(folder, written):
-    """A text without surrogates is read as it was written, one row a text; as a pair, too."""
-    path = folder / "a.jsonl"
-    write_jsonl(path, [{"text": text, "prompt": text, "chosen": text, "rejected": "no"} for text in written])
-    assert [row["text"] for row in read_rows(str(path))] == written
-    if all(text.strip() for text in written):
-        assert list(read_texts(str(path))) == written
-        assert [(pair.prompt, pair.chosen) for pair in load_pairs(str(path))[0]] == [(text, text) for text in written]
 
 
 # Weight averaging

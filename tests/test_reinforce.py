@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 
-from rlhf_min.data import Prompt
-from rlhf_min.evaluation import Task
 from rlhf_min.reinforce import (
     MovingAverageBaseline,
     kl_estimate,
@@ -17,12 +15,8 @@ from rlhf_min.reinforce import (
     sigma_weight,
     step_metrics,
 )
-from rlhf_min.reward_model import RewardFunction
 from rlhf_min.rollout import Rollout
-from rlhf_min.support.models import get_weights
 from rlhf_min.support.parallel import ALONE
-from rlhf_min.support.runlog import RunLog
-from train_reinforce import ReinforceOptions, train_policy
 
 
 def tensor(values, **kwargs):
@@ -143,54 +137,6 @@ def test_kl_estimate_refuses_another_kind():
     """An unknown estimator is an error, not a silent default."""
     with pytest.raises(ValueError, match="k4"):
         kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), kind="k4")
-
-
-# The step of train_reinforce.py
-
-
-@pytest.fixture
-def metrics_of(tiny_policy, tiny_tokenizer, tmp_path):
-    """The metrics of the first steps with a judge, on four prompts of different lengths, at β = 0."""
-
-    def metrics_of(steps, judge, **options):
-        options = {"batch_size": 12, "max_length": 12, "temperature": 1.0, "precision": "fp32", **options}
-        out = tmp_path / str(len(list(tmp_path.iterdir())))
-        options = ReinforceOptions(out=str(out), steps=steps, beta=0.0, lr=1e-2, save_every=0, **options)
-        prompts = [Prompt(tiny_tokenizer(text)["input_ids"], text) for text in ("I", "The", "The film", "The film was")]
-        log = RunLog(options)
-        with log.running():
-            task = Task(tiny_policy, tiny_tokenizer, {"reward": judge}, prompts, [])
-            train_policy(task, get_weights(tiny_policy), options, log)
-        return log.metrics()
-
-    return metrics_of
-
-
-@pytest.mark.parametrize("k", [2, 3])
-def test_a_reward_of_the_prompt_alone_teaches_nothing(metrics_of, tiny_policy, k):
-    """Compared with the answers to the *same* prompt every advantage is 0, so that not one weight moves."""
-    judge = RewardFunction(lambda prompts, completions: [len(prompt) for prompt in prompts], "length", "cpu")
-    before = get_weights(tiny_policy)
-    lines = metrics_of(3, judge, num_generations=k, baseline="leave-one-out")
-    assert [line["grad_norm"] for line in lines] == [0.0, 0.0, 0.0]
-    assert all(line["reward_std"] > 1 for line in lines)
-    assert all(weight.equal(before[name]) for name, weight in get_weights(tiny_policy).items())
-    (line,) = metrics_of(1, judge, num_generations=k)  # the moving average does move
-    assert line["grad_norm"] > 0.1
-
-
-# off: b = A = (6 + 4)/2. advantage: A = (6/2 + 4/4)/2 = 2, and b is of rewards without σ. penalty: R = 5, 1
-@pytest.mark.parametrize("sigma, advantage, baseline", [("off", 5, 5), ("advantage", 2, 5), ("penalty", 3, 3)])
-def test_where_sigma_enters(metrics_of, sigma, advantage, baseline):
-    """The weight f(σ) leaves the baseline alone, the penalty σ does not, and the raw reward is what is logged."""
-
-    def judge(prompts, completions, *_):  # reward 6 and σ = 1 for the first half of the answers, then 4 and 3
-        return torch.tensor([6.0] * 6 + [4.0] * 6), torch.tensor([1.0] * 6 + [3.0] * 6)
-
-    first, second = metrics_of(2, judge, sigma=sigma)
-    assert (first["reward"], first["sigma"], first["baseline"]) == (5.0, 2.0, 0.0)
-    assert first["advantage"] == pytest.approx(advantage)
-    assert second["baseline"] == pytest.approx(baseline)
 
 
 def test_step_metrics_by_hand():

@@ -91,13 +91,14 @@ def test_kl_of_a_model_with_itself():
 
 def test_prefix_kl_by_hand():
     """The sum Σ_t Σ_v π (log π − log π_ref) has the policy first and no token behind the mask, be it NaN."""
-    # π = (.5, .5), π_ref = (.75, .25): .5 log(.5/.75) + .5 log(.5/.25) = .1438410;  the other way round .1308120
-    even, uneven = tensor([0.5, 0.5]).log(), tensor([0.75, 0.25]).log()
-    logits = torch.stack([even, uneven, even])[None]  # (1, 3, 2)
-    ref_logits = torch.stack([uneven, even, even * math.nan])[None] + 7.0  # logits: a constant must not matter
+    # π = (.5, .5), π_ref = (.75, .25): .5 log(.5/.75) + .5 log(.5/.25) = .1438410; of (.9, .1) .5108256
+    even = tensor([0.5, 0.5]).log()
+    logits = torch.stack([even, even, even])[None]  # (1, 3, 2)
+    others = tensor([[0.75, 0.25], [0.9, 0.1], [math.nan, math.nan]])
+    ref_logits = others.log()[None] + 7.0  # logits: a constant must not matter
     kl = prefix_kl(logits, ref_logits, torch.tensor([[True, True, False]]))
     assert kl.shape == (1,)
-    assert kl.item() == pytest.approx(0.1438410 + 0.1308120, abs=1e-6)
+    assert kl.item() == pytest.approx(0.1438410 + 0.5108256, abs=1e-6)
 
 
 def test_policy_gradient_loss_value_and_gradient():

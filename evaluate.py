@@ -6,8 +6,8 @@
 
 Without a flag: the embedded world's SFT policy against the newest WARP run. A judge's `_z` is in standard deviations of
 the first policy's rewards, `_delta` the mean difference to the first policy on the same prompts, `_low` and `_high` the
-ends of its 95 % bootstrap interval, `_win_rate` the share of prompts that are won, a tie counting ½. The answers to
-ten of the prompts are in summary.json: read them before you believe a number.
+ends of its 95 % bootstrap interval, `_win_rate` the share of prompts that are won, a tie counting ½. Above
+the table stand the answers to ten of the prompts: read them before you believe a number.
 
 No policy is judged on prompts that it, or the policy it began with, was trained on: run.json says which those are.
 """
@@ -79,7 +79,7 @@ def draw_prompts(names, tokenizer, options):
 def compare(judges, options, device):
     """A row per policy; against the first one z-scores, paired differences and win rates under every judge.
 
-    Also returned are ten prompts with all answers, [{"prompt", policy: answer}].
+    Also returned are the answers, {policy: columns of judge_policy}.
     """
     rows, first, reference, answers = [], None, None, {}
     for name in options.policies:
@@ -107,8 +107,8 @@ def compare(judges, options, device):
                 row |= dict(zip((f"{judge}_delta", f"{judge}_delta_low", f"{judge}_delta_high"), difference))
                 row[f"{judge}_win_rate"] = evaluation.win_rate(values, reference_values)
         rows.append(row)
-        answers |= {"prompt": columns["prompt"], name: columns["completion"]}
-    return rows, [dict(zip(answers, answer)) for answer in zip(*answers.values())][:10]
+        answers[name] = columns
+    return rows, answers
 
 
 def front_of(run):
@@ -131,7 +131,8 @@ def main(argv=None):
     else:
         specs = named_judges(options.judges)
         prepare_world([options.prompts, *options.policies, *specs.values()])
-        (rows, samples), names = compare(load_judges(options.judges, device), options, device), [*specs]
+        rows, answers = compare(load_judges(options.judges, device), options, device)
+        names, samples = [*specs], evaluation.print_samples(answers, 10)
         print(f"\n{options.num_prompts} prompts of {options.prompts}, none of which a policy was trained on")
         fronts = {row["policy"]: [row] for row in rows if row["kl"] == row["kl"]}  # KL is NaN across tokenizers
     table = evaluation.format_table(rows)

@@ -139,7 +139,7 @@ def main(argv=None):
         print(format_table([{"policy": "θ_sft", **before}, {"policy": "model/", **after}]))
         if options.keep == "best":
             print(f"\nmodel/ is step {step}, chosen on these very prompts: on others, expect a little less")
-        samples = print_samples(*columns)
+        samples = print_samples(dict(zip(("before", "after"), columns)))
         log.finish(before=before, after=after, samples=samples, step=step)
 
 

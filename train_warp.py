@@ -170,7 +170,7 @@ def main(argv=None):
         plot_front({f"lr {options.lr:g}": front}, list(task.judges), log.folder / "front.png")
         print("\nThe front (1−η) θ_sft + η θ_slerp, and model/, the last θ_init, on held-out prompts\n")
         print(format_table([*front, {"eta": "model/", **last_init}]))
-        samples = print_samples(columns[0], columns[-1])
+        samples = print_samples({"before": columns[0], "after": columns[-1]})
         print()
         print_geometry(geometry, options)
         log.finish(front=front, model=last_init, samples=samples, geometry=geometry, mu_T=options.mu * options.steps)

@@ -25,7 +25,7 @@ from scipy import stats
 
 from benchmarks.ablations import BETAS, CENTRE, CONTRASTS, MUS, save_results
 from benchmarks.kl import FORMS, KlOptions
-from rlhf_min.evaluation import format_table, mean_se
+from rlhf_min.evaluation import format_sample, format_table, mean_se
 from rlhf_min.oracle import examine, formula
 from rlhf_min.support.files import read_json
 from rlhf_min.support.plots import draw, plot_front
@@ -60,15 +60,15 @@ def collect(name, folders):
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
         steps = [line for line in lines if line.get("grad_norm") is not None]
         tables["summary"] = {name: value for name, value in tables.items() if isinstance(value, int | float)}
-        norms = ("grad_norm", "clipped") if steps else ()
-        tables["steps"] = {name: mean_se([line[name] for line in steps])[0] for name in norms}
+        if steps:
+            tables["steps"] = {name: mean_se([line[name] for line in steps])[0] for name in ("grad_norm", "clipped")}
         tables["watched"] = [line for line in lines if line.pop("samples", None)]
         one = run["script"].startswith("train_")  # the lines of a benchmark are those of many trainings
         tables["curve"] = list(curve(lines)) if one else []
         results.append({"commit": run["commit"], "rows": []})
         for table, rows in tables.items():
             for row in rows if isinstance(rows, list) else [rows]:
-                if isinstance(row, dict) and row:
+                if isinstance(row, dict):
                     found = {"run": folder.name, "seed": run["options"]["seed"], "table": table, **row}
                     results[-1]["rows"].append(found)
     starts = ["python" if run["processes"] == 1 else f"torchrun --nproc-per-node {run['processes']}" for run in runs]
@@ -244,12 +244,13 @@ def front(results):
 def printed(results, tables, columns=()):
     """The rows of a table as the runs printed them, or these columns; with several runs, each begins with its run."""
     rows = [row for row in results if row["table"] in tables]
-    names = {re.sub("_(se|low|high)$", "", key) for row in rows for key in row}
+    column_of = lambda key: re.sub("_(se|low|high)$", "", key)  # to which an error or an end of an interval belongs
+    names = {column_of(key) for row in rows for key in row}
     if not rows or set(columns) - names:
         raise KeyError(f"no run printed {tables} with {columns}")
-    hidden = {"seed", "table"} | ({"run"} if len({row["run"] for row in rows}) == 1 else set())
-    shown = (set(columns) | {"run"} if columns else names) - hidden
-    return format_table([{key: row[key] for key in row if re.sub("_(se|low|high)$", "", key) in shown} for row in rows])
+    shown = set(columns) or names - {"run", "seed", "table"}
+    shown |= {"run"} if len({row["run"] for row in rows}) > 1 else set()
+    return format_table([{key: row[key] for key in row if column_of(key) in shown} for row in rows])
 
 
 def trained(results):
@@ -288,10 +289,7 @@ def samples(results):
     rows = [row for row in results if row["table"] == "samples"]
     texts = [{Path(key).name: row[key] for key in row if key not in ("run", "seed", "table")}
              for row in rows if row["run"] == rows[0]["run"]]  # fmt: skip
-    said = lambda text: text if isinstance(text, str) else text[-1]["content"]  # of a conversation, the last message
-    width = max(map(len, texts[0]))
-    lines = ("\n".join(f"{key:{width}}  {' '.join(said(text).split())}" for key, text in row.items()) for row in texts)
-    return "```\n" + "\n\n".join(lines) + "\n```"
+    return "```\n" + "\n\n".join(map(format_sample, texts)) + "\n```"
 
 
 TABLES = {function.__name__: function for function in

@@ -1,10 +1,9 @@
 """What is a reward model worth? Accuracy, likelihood, calibration, agreement with ratings; does σ know its errors?
 
-Where the pairs have ratings, the accuracy is also given by the gap between the two: a small gap is nearly a tie.
-
     python benchmarks/reward_models.py --reward-models runs/toy/reward_model runs/toy/ordinal_reward_model
 
-Both heads give a probability that the chosen answer is better: σ(r_w − r_l), or P(i > j) + ½ P(i = j).
+Both heads give a probability that the chosen answer is better: σ(r_w − r_l), or P(i > j) + ½ P(i = j). Where the pairs
+have ratings, the accuracy is also given by the gap between the two: a small gap is nearly a tie.
 """
 
 import sys
@@ -95,7 +94,7 @@ def measure(judge, pairs, ratings, max_length=512):
         rating = torch.tensor(kept).double()  # (N, 2)
         truth, reward = rating.T.flatten(), torch.cat([reward_w, reward_l]).double()  # (2N,)
         row["spearman"] = spearman(reward, truth)
-        gap = (rating[:, 0] - rating[:, 1]).abs()  # (N,) a pair of nearly equal answers may go either way
+        gap = (rating[:, 0] - rating[:, 1]).abs()  # (N,)
         for name, chosen in {"gap < 1": gap < 1, "gap 1 to 2": (gap >= 1) & (gap < 2), "gap ≥ 2": gap >= 2}.items():
             row |= named(f"accuracy, {name}", right[chosen]) if chosen.any() else {}
         if ordinal:  # E is free up to its order, and ratings have units of their own, so errors are of standard scores

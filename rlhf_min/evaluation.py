@@ -237,14 +237,21 @@ def win_rate(values, reference):
     return sum(0.5 + 0.5 * ((v > b) - (v < b)) for v, b in zip(values, reference)) / len(values)
 
 
-def print_samples(before, after, count=3):
-    """Print the first answers of two policies to the same prompts; returns [{"prompt", "before", "after"}]."""
-    answers = zip(before["prompt"][:count], before["completion"], after["completion"])
-    samples = [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in answers]
+def print_samples(policies, count=3):
+    """Print the answers of {policy: columns} to the first prompts; returns [{"prompt", policy: answer}]."""
+    prompts = next(iter(policies.values()))["prompt"]
+    answers = {"prompt": prompts} | {name: columns["completion"] for name, columns in policies.items()}
+    samples = [dict(zip(answers, row)) for row in zip(*answers.values())][:count]
     for row in samples:
-        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        print(f"\nprompt  {prompt}\nbefore  {row['before'].strip()}\nafter   {row['after'].strip()}")
+        print("\n" + format_sample(row))
     return samples
+
+
+def format_sample(row):
+    """A prompt, of a conversation its last message, and the answers to it, a line each."""
+    width = max(map(len, row))
+    texts = {name: text if isinstance(text, str) else text[-1]["content"] for name, text in row.items()}
+    return "\n".join(f"{name:{width}}  {' '.join(text.split())}" for name, text in texts.items())
 
 
 def format_table(rows):

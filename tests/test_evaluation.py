@@ -128,7 +128,7 @@ def test_samples_are_printed_and_returned(capsys):
     turns = [{"role": "user", "content": "Hello"}, {"role": "user", "content": "A film?"}]
     before = {"prompt": ["The film", turns, "The plot"], "completion": [" was\n", " a", " b"]}
     after = {"prompt": before["prompt"], "completion": [" is ", " d", " e"]}
-    assert print_samples(before, after, count=2) == [
+    assert print_samples({"before": before, "after": after}, count=2) == [
         {"prompt": "The film", "before": " was\n", "after": " is "},
         {"prompt": turns, "before": " a", "after": " d"},
     ]

@@ -42,8 +42,8 @@ def plot_front(fronts, judge_names, path):
             x, y = ([row[key] for row in rows] for key in ("kl", name))
             x_error, y_error = ([row[f"{key}_se"] for row in rows] for key in ("kl", name))
             panel.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o-", capsize=2, label=label)
-        rows = max(fronts.values(), key=lambda rows: rows[-1]["kl"])  # the ends of all fronts would overlap
-        for row, shift in ((rows[0], (5, -10)), (rows[-1], (-4, 6))):
+        rows = max(fronts.values(), key=lambda rows: rows[-1]["kl"])  # the names of all ends would overlap
+        for row, shift in ((rows[0], (5, -10)), (rows[-1], (-6, -13))):
             if "eta" in row:
                 place = {"xytext": shift, "textcoords": "offset points"}
                 panel.annotate(f"η={row['eta']:g}", (row["kl"], row[name]), fontsize=7, **place)

@@ -16,13 +16,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rlhf_min import toy
-from rlhf_min.data import encode_pairs, load_pairs, read_rows
+from rlhf_min.data import encode_pairs, load_pairs
 from rlhf_min.evaluation import format_table, mean_se
 from rlhf_min.losses import preference_logprob
 from rlhf_min.reward_model import load_judge, reward_and_sigma
 from rlhf_min.support.errors import UserError, one_line_errors
 from rlhf_min.support.options import RunOptions, option, parse_options
 from rlhf_min.support.precision import resolve_device
+from rlhf_min.support.rows import read_rows
 from rlhf_min.support.runlog import RunLog
 from train_rm import prepare_world
 

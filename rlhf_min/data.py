@@ -1,30 +1,21 @@
-"""Preference pairs, prompts and texts: rows of a file, what is read of them, and their token ids.
+"""Preference pairs, prompts and texts: what is read of a row, what is held out, and their token ids.
 
 Formats are TRL's. A preference row is `prompt`/`chosen`/`rejected`, each a string or a list of messages
 `{"role", "content"}`. Without `prompt`, chosen and rejected are whole texts or conversations. A labelled row is
 `text`/`label` (1 good, 0 bad). A prompt row is `prompt`, or `text`, of which the first tokens are the prompt.
 """
 
-import gzip
 import hashlib
 import itertools
 import json
 import math
 import sys
-import zlib
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, constants
-
 from .support.errors import UserError, first_line
-from .support.files import whole
+from .support.rows import check_all_is_read, check_messages, is_conversation, read_rows, text_of
 
-LOADERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}  # what the library `datasets` reads
-QUESTIONS = """prompt text instruction instructions question query problem input context premise system system_prompt
-system_message conversations messages history dialogue tools passage document article body email post title human
-user""".split()  # fields that may hold what an answer answers
 VERDICTS = "label labels preference winner better better_response_id".split()  # which of two answers is the better one
 PAIR_NEEDS = "a pair needs 'chosen' and 'rejected', or 'text' and 'label' (--columns chosen=FIELD names one); "
 PROMPT_NEEDS = "a prompt needs 'prompt' (--columns prompt=FIELD names it), or 'text', whose first tokens it is; "
@@ -71,117 +62,13 @@ class Prompt(NamedTuple):
         return json.dumps(self.text)
 
 
-# Rows
-
-
-def read_rows(source, parse=lambda row: row, columns=()):
-    """[parse(row)] of every row that is not None: of a .jsonl or .jsonl.gz file, or of what `datasets` reads.
-
-    columns: ["new=old"], other names for fields; without a new name the field is left out. Where parse raises
-    ValueError, a row is wrong: UserError with the first one and their number.
-    """
-    names = dict(reversed(column.partition("=")[::2]) for column in columns)  # {old: new}
-    new = [name for name in names.values() if name]
-    if not all("=" in column for column in columns) or len(names) < len(columns) or len({*new}) < len(new):
-        raise UserError(f"--columns {' '.join(columns)}: write new=old or =old, and each name once")
-    parsed, wrong, count = [], [], 0
-    for where, content in _contents(source):
-        count += 1
-        try:
-            row = json.loads(content) if isinstance(content, bytes) else content
-            if not isinstance(row, dict):
-                raise ValueError(f"{type(row).__name__} where an object {{...}} belongs; one object a line")
-            if absent := names.keys() - row.keys():
-                raise ValueError(f"--columns: no field {min(absent)!r}; found {', '.join(row)}")
-            if taken := {*names.values()} & row.keys() - names.keys():
-                raise ValueError(f"--columns: there is a field {min(taken)!r} already; leave it out with ={min(taken)}")
-            row = {names.get(name, name): value for name, value in row.items()}
-            row.pop("", None)
-            parsed.append(parse(row))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            wrong.append(f"{where}: not JSON ({str(error)[:80]}); one object a line")
-        except ValueError as error:
-            wrong.append(f"{where}: {error}")
-    if wrong:
-        raise UserError(wrong[0] + (f" ({len(wrong)} of {count} rows are wrong)" if len(wrong) > 1 else ""))
-    if not count:
-        raise UserError(f"{source}: the file is empty; it needs at least one line")
-    return [row for row in parsed if row is not None]
-
-
-def _contents(source):
-    """Yield (where, a line as bytes or a row) of a file or a hub data set `owner/name[:split]`."""
-    name, _, split = source.partition(":")
-    path, loader = Path(source), LOADERS.get(Path(source).suffix)
-    if path.is_file() and not loader:
-        try:
-            with gzip.open(source, "rb") if source.endswith(".gz") else open(source, "rb") as file:
-                for number, line in enumerate(file, 1):  # as bytes: str.splitlines would cut at U+0085 and U+2028, too
-                    if line.strip():
-                        yield f"{source}, line {number}", line
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{source} cannot be read: {error}; is it a whole file?") from None
-        return
-    on_the_hub = name.count("/") == 1 and not source.startswith(("/", ".", "runs/")) and not path.exists()
-    if not path.is_file() and (not on_the_hub or path.suffix in (*LOADERS, ".jsonl", ".gz", ".txt")):
-        raise UserError(f"{source}: no such file; give a .jsonl or .jsonl.gz file or a hub data set owner/name")
-    try:
-        import datasets
-
-        datasets.disable_progress_bars()
-        if loader:
-            rows = datasets.load_dataset(loader, data_files=source, split="train")
-        else:
-            if not constants.HF_HUB_OFFLINE:
-                HfApi().dataset_info(name, timeout=5)  # load_dataset would retry for half a minute
-            rows = datasets.load_dataset(name, split=split or "train")
-    except ImportError:
-        what = f"a {path.suffix} file needs" if loader else "no file, and a hub data set needs"
-        raise UserError(f"{source}: {what} pip install 'rlhf_min[data]'; .jsonl needs nothing") from None
-    except Exception as error:  # of a dozen kinds; all mean that the file, the name or the split is wrong
-        raise UserError(f"{source} cannot be read as a data set: {first_line(error)}") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{source}, row {number}", row
-
-
-def write_jsonl(path, rows):
-    """One JSON object a line; ASCII, so that no reader can cut a row at an exotic separator."""
-    with whole(path) as new, open(new, "w", encoding="ascii", newline="\n") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def _text(row, key, need=""):
-    value = row.get(key)
-    if key not in row:
-        raise ValueError(f"no field '{key}'; {need}found {', '.join(row)}")
-    if not isinstance(value, str):
-        raise ValueError(f"field '{key}' must be text, but is {type(value).__name__}; found {', '.join(row)}")
-    if not value.strip():
-        raise ValueError(f"field '{key}' is empty")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):  # JSON can spell it, no tokenizer takes it
-        raise ValueError(f"field '{key}' has half of a surrogate pair (\\ud800 to \\udfff); remove it")
-    return value
-
-
-def _is_conversation(value):
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
+# From rows
 
 
 def _is_whole(row):
     """Whether chosen and rejected are whole conversations; a `prompt` of text repeats their beginning."""
     chosen = row.get("chosen")
-    return _is_conversation(chosen) and not isinstance(row.get("prompt"), list) and chosen[0]["role"] != "assistant"
-
-
-def _messages(messages, key):
-    if not _is_conversation(messages):
-        raise ValueError(f"'{key}' must be text or a list of messages {{role, content}}, like the others")
-    for message in messages:
-        if isinstance(message, dict) and message.get("role") == "system" and message.get("content") == "":
-            continue
-        for part in ("role", "content"):
-            _text(message if isinstance(message, dict) else {}, part, f"a message of '{key}' needs it; ")
-    return messages
+    return is_conversation(chosen) and not isinstance(row.get("prompt"), list) and chosen[0]["role"] != "assistant"
 
 
 def _answer(messages, key):
@@ -192,30 +79,9 @@ def _answer(messages, key):
 
 
 def _prompt(prompt):
-    if isinstance(prompt, list) and _messages(prompt, "prompt")[-1]["role"] == "assistant":
+    if isinstance(prompt, list) and check_messages(prompt, "prompt")[-1]["role"] == "assistant":
         raise ValueError("the last message of 'prompt' is the assistant's; it must be the user's")
-    return prompt if isinstance(prompt, list) else _text({"prompt": prompt}, "prompt")
-
-
-def _words(value):
-    """How many words the longest text in a JSON value has."""
-    if isinstance(value, dict | list):
-        return max(map(_words, value.values() if isinstance(value, dict) else value), default=0)
-    return len(value.split()) if isinstance(value, str) else 0
-
-
-def _check_all_is_read(row, used, long_texts=False):
-    """ValueError for a field that may hold the question and is not read: one of QUESTIONS, and with `long_texts` any
-    conversation and any text of more than five words. What repeats the text that is read is fine."""
-    read = json.dumps([row.get(name) for name in used], default=str)
-    for name, value in row.items():
-        question = name.lower() in QUESTIONS and isinstance(value, str | list | dict)
-        suspect = question or (long_texts and (_is_conversation(value) or _words(value) > 5))
-        repeats = json.dumps(value.strip() if isinstance(value, str) else value, default=str)[1:-1] in read
-        if name not in used and value and suspect and not repeats:
-            fix = f"--columns ={name} leaves it out, if it is no part of the question; else write it into the prompt"
-            fix = fix if "prompt" in row else f"--columns prompt={name} reads it as the prompt; {fix}"
-            raise ValueError(f"field '{name}' would not be read; {fix}")
+    return prompt if isinstance(prompt, list) else text_of({"prompt": prompt}, "prompt")
 
 
 def pair_of_row(row):
@@ -223,14 +89,14 @@ def pair_of_row(row):
     for key in ("chosen", "rejected"):
         if key not in row:
             raise ValueError(f"no field '{key}'; {PAIR_NEEDS}found {', '.join(row)}")
-    _check_all_is_read(row, ("prompt", "chosen", "rejected", "margin"), long_texts=True)
+    check_all_is_read(row, ("prompt", "chosen", "rejected", "margin"), long_texts=True)
     prompt, chosen, rejected, margin = row.get("prompt", ""), row["chosen"], row["rejected"], row.get("margin")
     if margin is not None and not (type(margin) in (int, float) and abs(margin) < 1e38):
         raise ValueError(f"'margin' must be a finite number, but is {margin!r}")
-    if not _is_conversation(chosen):
+    if not is_conversation(chosen):
         prompt = _prompt(prompt) if prompt != "" else ""
-        return Pair(prompt, _text(row, "chosen"), _text(row, "rejected"), margin=margin)
-    chosen, rejected = _messages(chosen, "chosen"), _messages(rejected, "rejected")
+        return Pair(prompt, text_of(row, "chosen"), text_of(row, "rejected"), margin=margin)
+    chosen, rejected = check_messages(chosen, "chosen"), check_messages(rejected, "rejected")
     if _is_whole(row):  # the prompt is the shared beginning of both conversations
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -239,7 +105,7 @@ def pair_of_row(row):
             raise ValueError("'prompt' is no part of the conversations in 'chosen' and 'rejected'; --columns =prompt")
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     elif isinstance(prompt, str):
-        prompt = [{"role": "user", "content": _text(row, "prompt")}]
+        prompt = [{"role": "user", "content": text_of(row, "prompt")}]
     return Pair(_prompt(prompt), _answer(chosen, "chosen"), _answer(rejected, "rejected"), margin=margin)
 
 
@@ -259,8 +125,8 @@ def load_pairs(source, margin=False, columns=()):
                     f"field '{verdict}' would not be read; if 'chosen' is the better one, --columns ={verdict}"
                 )
             return pair_of_row(row)
-        text = _text(row, "text", PAIR_NEEDS)
-        _check_all_is_read(row, ("text", "label"))
+        text = text_of(row, "text", PAIR_NEEDS)
+        check_all_is_read(row, ("text", "label"))
         if row["label"] not in (0, 1):
             raise ValueError(f"'label' must be 0 (bad) or 1 (good), but is {row['label']!r}")
         (good if row["label"] else bad).append(text)
@@ -296,7 +162,7 @@ def by_hash(text):
 
 def read_texts(source):
     """The field `text` of every row."""
-    return read_rows(source, lambda row: _text(row, "text"))
+    return read_rows(source, lambda row: text_of(row, "text"))
 
 
 def load_prompts(source, tokenizer, options):
@@ -310,8 +176,8 @@ def load_prompts(source, tokenizer, options):
     def parse(row):
         columns = {name: value for name, value in row.items() if name != "prompt"}
         if "prompt" not in row and not _is_whole(row):
-            text = _text(row, "text", PAIRS_ARE_NONE if "chosen" in row else PROMPT_NEEDS)
-            _check_all_is_read(row, ("text",))
+            text = text_of(row, "text", PAIRS_ARE_NONE if "chosen" in row else PROMPT_NEEDS)
+            check_all_is_read(row, ("text",))
             # cut for speed: tokens average far fewer than 32 characters; a BOS, where there is one, counts as a token
             tokens = tokenizer(text[: 32 * options.prompt_tokens])["input_ids"][: options.prompt_tokens]
             if len(tokens) < options.prompt_tokens:
@@ -319,7 +185,7 @@ def load_prompts(source, tokenizer, options):
             prompt = Prompt(tokens, tokenizer.decode(tokens, skip_special_tokens=True), columns)
         else:
             text = pair_of_row(row).prompt if _is_whole(row) else _prompt(row["prompt"])
-            _check_all_is_read(row, ("prompt", "chosen", "rejected"))
+            check_all_is_read(row, ("prompt", "chosen", "rejected"))
             length = len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
             if 0 < options.max_prompt_characters < length:
                 return None

@@ -15,7 +15,7 @@ import random
 import re
 from pathlib import Path
 
-from .data import write_jsonl
+from .support.rows import write_jsonl
 
 FOLDER = Path("runs/toy")
 FILES = [f"{FOLDER}/{name}.jsonl" for name in ("reviews", "train_pairs", "eval_pairs", "prompts")]

@@ -44,6 +44,7 @@ TESTS = SCRIPTS | {
     "rollout": "tests/test_rollout.py tests/test_mutants.py -k 'not one_place'",
     "reward_model": "tests/test_reward_model.py tests/test_mutants.py -k 'not one_place'",
     "data": "tests/test_data.py tests/test_reward_model.py",
+    "support/rows": "tests/test_data.py",
     "support/batches": "tests/test_data.py tests/test_rollout.py tests/test_resume.py -k 'not test_resume or rm-step'",
     "support/runlog": "tests/test_resume.py -k 'restored or inside or rm-step or warp-s or ctrl or ignored or two_p'",
     "support/files": "tests/test_resume.py -k complete",

@@ -12,9 +12,10 @@ import torch
 
 from benchmarks import ablations, baselines, gpu, kl, levels, reward_models, speed
 from benchmarks.reward_models import calibration_error, measure, spearman
-from rlhf_min.data import Pair, Prompt, encode_answer, write_jsonl
+from rlhf_min.data import Pair, Prompt, encode_answer
 from rlhf_min.evaluation import Task
 from rlhf_min.support.parallel import ALONE
+from rlhf_min.support.rows import write_jsonl
 
 QUIET = SimpleNamespace(team=ALONE, step=lambda **line: None, progress=lambda _, steps, state: range(1, steps + 1))
 tensor = lambda *values: torch.tensor(values, dtype=torch.float64)

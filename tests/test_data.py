@@ -18,14 +18,13 @@ from rlhf_min.data import (
     distinct,
     encode_answer,
     load_pairs,
-    read_rows,
     read_texts,
     split_pairs,
     split_prompts,
-    write_jsonl,
 )
 from rlhf_min.support.batches import Batches, group_by_length, pad
 from rlhf_min.support.errors import UserError
+from rlhf_min.support.rows import read_rows, write_jsonl
 
 EXOTIC = "first\u0085second\u2028third\x0bfourth\x1cfifth\rsixth 🎬 \u202eהסרט\u202c \x00 e\u0301"
 USER = {"role": "user", "content": "A film?"}

@@ -15,10 +15,10 @@ import train_reinforce
 import train_rm
 import train_warp
 from rlhf_min import toy
-from rlhf_min.data import read_rows, write_jsonl
 from rlhf_min.reward_model import load_judge
 from rlhf_min.rollout import decode_completions, load_policy, sample, uniform_numbers
 from rlhf_min.support.batches import pad
+from rlhf_min.support.rows import read_rows, write_jsonl
 from tests.test_reward_model import EOS, TEMPLATE
 
 BASE = f"{toy.POLICY}/model"

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf_min.data import load_pairs, load_prompts, read_rows, read_texts
+from rlhf_min.data import load_pairs, load_prompts, read_texts
 from rlhf_min.losses import ordinal_loss, pairwise_loss, preference_logprob, rating_mean_std
 from rlhf_min.support.errors import UserError
+from rlhf_min.support.rows import read_rows
 from rlhf_min.warp import angle, merge, slerp
 
 hypothesis = pytest.importorskip("hypothesis")

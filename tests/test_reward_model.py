@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, pipeline
 
 import train_rm
-from rlhf_min.data import Pair, Prompt, cut, encode_answer, encode_pairs, encode_prompt, load_pairs, write_jsonl
+from rlhf_min.data import Pair, Prompt, cut, encode_answer, encode_pairs, encode_prompt, load_pairs
 from rlhf_min.pretrain import train_tokenizer
 from rlhf_min.reward_model import (
     RewardFunction,
@@ -28,6 +28,7 @@ from rlhf_min.rollout import Rollout, load_policy, sample, uniform_numbers
 from rlhf_min.support.batches import pad
 from rlhf_min.support.errors import UserError
 from rlhf_min.support.models import save_model
+from rlhf_min.support.rows import write_jsonl
 
 CPU, YES = torch.device("cpu"), torch.ones(3)
 EOS = "<|endoftext|>"

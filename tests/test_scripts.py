@@ -22,7 +22,7 @@ import train_reinforce
 import train_rm
 import train_warp
 from rlhf_min import evaluation, pretrain, toy
-from rlhf_min.data import encode_pairs, load_pairs, write_jsonl
+from rlhf_min.data import encode_pairs, load_pairs
 from rlhf_min.lora import read_adapter
 from rlhf_min.reward_model import load_judge, load_judges
 from rlhf_min.rollout import load_policy, sample
@@ -30,6 +30,7 @@ from rlhf_min.support import precision
 from rlhf_min.support.errors import UserError, one_line_errors
 from rlhf_min.support.models import get_weights, set_weights
 from rlhf_min.support.options import parse_options
+from rlhf_min.support.rows import write_jsonl
 from rlhf_min.support.runlog import RunLog
 
 pytestmark = pytest.mark.usefixtures("in_world")

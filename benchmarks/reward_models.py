@@ -3,7 +3,8 @@
     python benchmarks/reward_models.py --reward-models runs/toy/reward_model runs/toy/ordinal_reward_model
 
 Both heads give a probability that the chosen answer is better: σ(r_w − r_l), or P(i > j) + ½ P(i = j). Where the pairs
-have ratings, the accuracy is also given by the gap between the two: a small gap is nearly a tie.
+have ratings, the accuracy is also given by the gap between the two: a small gap is nearly a tie. The first row takes
+the longer answer for the better one: what a reward model knows, it knows beyond that.
 """
 
 import sys
@@ -67,12 +68,36 @@ def calibration_error(p, bins=10):
     return (sum(gaps) / len(p)).item()
 
 
-def measure(judge, pairs, ratings, max_length=512):
-    """One row of figures for a RewardModel on pairs; `ratings` belong to them, or are None."""
+def encode_rated(pairs, ratings, judge, max_length):
+    """The (chosen ids, rejected ids, margin) of the pairs that fit into `max_length`, and their ratings, or None."""
     encoded = [encode_pairs([pair], judge.tokenizer, min(max_length, judge.max_length))[0] for pair in pairs]
     rows = [row for found in encoded for row in found]  # a pair that is too long has none
     if not rows:
         raise UserError(f"no pair fits into --max-length {max_length}; raise it")
+    return rows, ratings and [rating for found, rating in zip(encoded, ratings) if found]
+
+
+def agreement(reward_w, reward_l, ratings):
+    """Accuracy of rewards (N,), (N,) of chosen and rejected answers; with ratings also by their gap, and Spearman's."""
+    right = (reward_w > reward_l).double()  # (N,)
+    row = {"pairs": len(right), **named("accuracy", right)}
+    if ratings is None:
+        return row
+    rating = torch.tensor(ratings).double()  # (N, 2)
+    gap = (rating[:, 0] - rating[:, 1]).abs()  # (N,)
+    for name, chosen in {"gap < 1": gap < 1, "gap 1 to 2": (gap >= 1) & (gap < 2), "gap ≥ 2": gap >= 2}.items():
+        row |= named(f"accuracy, {name}", right[chosen]) if chosen.any() else {}
+    return row | {"spearman": spearman(torch.cat([reward_w, reward_l]), rating.T.flatten())}
+
+
+def named(name, values):
+    """Mean and standard error of values (N,), as two columns of a table."""
+    return dict(zip((name, f"{name}_se"), mean_se(values.tolist())))
+
+
+def measure(judge, pairs, ratings, max_length=512):
+    """One row of figures for a RewardModel on pairs; `ratings` belong to them, or are None."""
+    rows, ratings = encode_rated(pairs, ratings, judge, max_length)
     batches = [rows[start : start + 64] for start in range(0, len(rows), 64)]
     logits_w, logits_l = (
         torch.cat([judge.logits([row[i] for row in batch]) for batch in batches]) for i in (0, 1)
@@ -81,27 +106,17 @@ def measure(judge, pairs, ratings, max_length=512):
     ordinal = logits_w.shape[1] > 1
     log_p = (preference_logprob(logits_w, logits_l, "half") if ordinal
              else torch.nn.functional.logsigmoid(reward_w - reward_l)).double()  # (N,)  # fmt: skip
-    right = (reward_w > reward_l).double()  # (N,)
-    named = lambda name, values: dict(zip((name, f"{name}_se"), mean_se(values.tolist())))
-    row = {
-        "pairs": len(rows), **named("accuracy", right), **named("nll", -log_p),
-        "calibration_error": calibration_error(log_p.exp()),
-    }  # fmt: skip
+    row = agreement(reward_w, reward_l, ratings)
+    row |= {**named("nll", -log_p), "calibration_error": calibration_error(log_p.exp())}
     if ordinal:
         row["tie_mass"] = (logits_w.softmax(-1) * logits_l.softmax(-1)).sum(-1).mean().item()
         row["sigma"] = torch.cat([sigma_w, sigma_l]).mean().item()
-    if ratings is not None:
-        kept = [rating for found, rating in zip(encoded, ratings) if found]
-        rating = torch.tensor(kept).double()  # (N, 2)
-        truth, reward = rating.T.flatten(), torch.cat([reward_w, reward_l]).double()  # (2N,)
-        row["spearman"] = spearman(reward, truth)
-        gap = (rating[:, 0] - rating[:, 1]).abs()  # (N,)
-        for name, chosen in {"gap < 1": gap < 1, "gap 1 to 2": (gap >= 1) & (gap < 2), "gap ≥ 2": gap >= 2}.items():
-            row |= named(f"accuracy, {name}", right[chosen]) if chosen.any() else {}
-        if ordinal:  # E is free up to its order, and ratings have units of their own, so errors are of standard scores
-            standard = lambda x: (x - x.mean()) / x.std()
-            error = (standard(reward) - standard(truth)).abs()  # (2N,)
-            row["sigma_error_correlation"] = spearman(torch.cat([sigma_w, sigma_l]).double(), error)
+    if ordinal and ratings is not None:
+        # E is free up to its order, and ratings have units of their own, so errors are of standard scores
+        standard = lambda x: (x - x.mean()) / x.std()
+        truth = torch.tensor(ratings).double().T.flatten()  # (2N,)
+        error = (standard(torch.cat([reward_w, reward_l]).double()) - standard(truth)).abs()  # (2N,)
+        row["sigma_error_correlation"] = spearman(torch.cat([sigma_w, sigma_l]), error)
     return row
 
 
@@ -116,8 +131,11 @@ def main(argv=None):
     for name, judge in judges.items():
         if judge.is_function:
             raise UserError(f"--reward-models {name}: a function has no probabilities; name a trained model")
-    rows = [{"reward_model": name, **measure(judge, pairs, ratings, options.max_length)}
-            for name, judge in judges.items()]  # fmt: skip
+    encoded, kept = encode_rated(pairs, ratings, next(iter(judges.values())), options.max_length)
+    lengths = torch.tensor([[len(chosen), len(rejected)] for chosen, rejected, _ in encoded])  # (N, 2), in tokens
+    rows = [{"reward_model": "the longer answer", **agreement(*lengths.T, kept)}]
+    rows += [{"reward_model": name, **measure(judge, pairs, ratings, options.max_length)}
+             for name, judge in judges.items()]  # fmt: skip
     with log.running():
         table = format_table(rows)
         print("\n" + table + "\n")

@@ -12,10 +12,12 @@ import torch
 
 from benchmarks import ablations, baselines, gpu, kl, levels, reward_models, speed
 from benchmarks.reward_models import calibration_error, measure, spearman
+from rlhf_min import toy
 from rlhf_min.data import Pair, Prompt, encode_answer
 from rlhf_min.evaluation import Task
+from rlhf_min.support.models import load_tokenizer
 from rlhf_min.support.parallel import ALONE
-from rlhf_min.support.rows import write_jsonl
+from rlhf_min.support.rows import read_rows, write_jsonl
 
 QUIET = SimpleNamespace(team=ALONE, step=lambda **line: None, progress=lambda _, steps, state: range(1, steps + 1))
 tensor = lambda *values: torch.tensor(values, dtype=torch.float64)
@@ -77,9 +79,17 @@ def test_an_ordinal_reward_model_is_measured(tiny_tokenizer):
 
 
 def test_reward_models_from_end_to_end(in_world):
-    """Both heads of the world have a row each, with what train_rm.py said when it validated on the same pairs."""
+    """Both heads of the world have a row each, with what train_rm.py said when it validated on the same pairs.
+
+    Above them stands the longer answer: of two answers to one prompt, the one with more tokens.
+    """
     reward_models.main(["--out", "runs/quality"])
-    for row in (rows := read("runs/quality/summary.json")["rows"]):
+    longer, *rows = read("runs/quality/summary.json")["rows"]
+    tokenizer = load_tokenizer(toy.POLICY)
+    tokens = lambda row, key: len(tokenizer(row["prompt"] + row[key])["input_ids"])
+    wins = [tokens(row, "chosen") > tokens(row, "rejected") for row in read_rows(toy.EVAL_PAIRS)]
+    assert longer["accuracy"] == pytest.approx(sum(wins) / 50) and 0 < sum(wins) < 50
+    for row in rows:
         accuracy = read(f"{row['reward_model']}/summary.json")["eval_accuracy"]
         assert (row["pairs"], row["accuracy"]) == (50, pytest.approx(accuracy, abs=1e-6)) and "spearman" in row
     assert 0 < rows[1]["tie_mass"] < 0.5 and 0 < rows[1]["sigma"] < 4.5 and "sigma" not in rows[0]

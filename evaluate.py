@@ -62,17 +62,24 @@ def run_options(name):
     return options if hasattr(options, "num_eval_prompts") else None
 
 
-def trained_on(name, tokenizer):
-    """The prompts that a policy, and the policy it began with, and so on, were trained on."""
+def trained_on(name, tokenizer, length):
+    """The prompts that a policy, and the policy it began with, and so on, were trained on.
+
+    UserError where those cut from a `text` have not `length` tokens: the new prompts would look like other ones.
+    """
     options = run_options(name)
-    return evaluation.prompts_of(options, tokenizer)[0] + trained_on(options.policy, tokenizer) if options else []
+    if options and options.prompt_tokens != length:
+        raise UserError(f"{name} was trained with --prompt-tokens {options.prompt_tokens}; give the same")
+    return (
+        evaluation.prompts_of(options, tokenizer)[0] + trained_on(options.policy, tokenizer, length) if options else []
+    )
 
 
 def draw_prompts(names, tokenizer, options):
     """`num_prompts` prompts that none of the named policies was trained on."""
     prompts = load_prompts(options.prompts, tokenizer, options)
     for name in names:
-        prompts = distinct(prompts, trained_on(name, tokenizer))
+        prompts = distinct(prompts, trained_on(name, tokenizer, options.prompt_tokens))
     return hold_out(prompts, options.num_prompts, "that no policy was trained on; lower --num-prompts")
 
 

@@ -6,10 +6,10 @@
 
 The algorithm, for pairs of a chosen answer w and a rejected answer l to one prompt x:
 
-    for each batch of pairs:                                                                     train
-        (1)  r_w, r_l  ←  the head on the last token of x + w, and of x + l
-        (2)  L  =  −log σ(r_w − r_l) + c (r_w + r_l)²             --head scalar                  pair_loss
-             L  =  −log P(rating of w > rating of l) + ...        --head ordinal
+    for each batch of pairs:                                                                             train
+        (1)  r_w, r_l  ←  the head on the last token of x + w, and of x + l (BERT and its kin: on the first)
+        (2)  L  =  −log σ(r_w − r_l) + c (r_w + r_l)²                         --head scalar      pair_loss
+             L  =  −log P(rating of w > rating of l) + c (E_w + E_l − 11)²    --head ordinal
         (3)  θ  ←  Opt(θ, ∇L)
     every --eval-every steps: accuracy and loss on pairs that are held out
 
@@ -27,7 +27,7 @@ import torch
 
 from rlhf_min import pretrain, toy
 from rlhf_min.data import distinct, encode_pairs, load_pairs, split_pairs
-from rlhf_min.lora import LoRAOptions, add_lora, lora_layers, merge_lora, save_adapter
+from rlhf_min.lora import LoRAOptions, add_lora, merge_lora, save_adapter
 from rlhf_min.losses import ordinal_loss, pairwise_loss
 from rlhf_min.reward_model import load_classifier, reward_and_sigma, row_logits
 from rlhf_min.support import parallel
@@ -83,13 +83,13 @@ def pair_logits(model, rows, tokenizer):
     return row_logits(model, answers, tokenizer.pad_token_id).chunk(2)
 
 
-def pair_loss(chosen, rejected, rows, options):
+def pair_loss(chosen_logits, rejected_logits, rows, options):
     """The loss of --head on logits (B, K) × 2, and what a metrics line says of them."""
-    reward_w, reward_l = reward_and_sigma(chosen)[0], reward_and_sigma(rejected)[0]  # (B,), (B,)
+    reward_w, reward_l = reward_and_sigma(chosen_logits)[0], reward_and_sigma(rejected_logits)[0]  # (B,), (B,)
     if options.head == "ordinal":
-        loss = ordinal_loss(chosen, rejected, options.ties, options.center_coefficient)
+        loss = ordinal_loss(chosen_logits, rejected_logits, options.ties, options.center_coefficient)
     else:
-        margin = chosen.new_tensor([margin for _, _, margin in rows]) if options.margin else None  # (B,)
+        margin = reward_w.new_tensor([margin for _, _, margin in rows]) if options.margin else None  # (B,)
         loss = pairwise_loss(reward_w, reward_l, margin, options.center_coefficient)
     return loss, {
         "loss": loss.item(),
@@ -130,8 +130,8 @@ def train(model, tokenizer, train_rows, eval_rows, options, log):
         for _ in range(accumulate):
             rows = team.share(next(stream))
             with optimizer.autocast():
-                chosen, rejected = pair_logits(model, rows, tokenizer)  # (B, K), (B, K)
-            loss, metrics = pair_loss(chosen, rejected, rows, options)
+                logits = pair_logits(model, rows, tokenizer)  # (B, K), (B, K)
+            loss, metrics = pair_loss(*logits, rows, options)
             optimizer.backward(loss / accumulate)
             totals.update(metrics)
 
@@ -181,9 +181,8 @@ def load_rows(options, tokenizer, max_length):
     dropped = ", ".join(f"{count} {why}" for why, count in (dropped + unfit + eval_unfit).items()) or "none"
     if len(rows) < options.batch_size or not eval_rows or (threshold(eval_rows) >= 1 and not options.accept_weak):
         found = f"{len(rows)} pairs to train and {len(eval_rows)} to validate on (dropped: {dropped})"
-        need = f"--batch-size {options.batch_size} and 10 are needed, and no prompt is on both sides"
-        remedy = "give more to validate on" if options.eval_data else "change --eval-fraction, give more"
-        remedy = f"lower --batch-size, {remedy}, or insist with --accept-weak"
+        need = f"--batch-size {options.batch_size} and 10 are needed"
+        remedy = "lower --batch-size, give more, change --eval-fraction, or insist with --accept-weak"
         raise UserError(f"{options.data}: {found}; {need}; {remedy}")
     return rows, eval_rows, dropped
 
@@ -195,15 +194,17 @@ def threshold(eval_rows):
 
 def prepare_world(names):
     """Make those texts and models of the embedded world in `names` that do not exist yet."""
-    world = {*toy.FILES, *toy.MODELS} & {*names}
-    if parallel.world_size() > 1 and not all(Path(name).exists() for name in world):
-        raise UserError("the embedded world is made by one process: run python train_rm.py before torchrun")
-    if world and not Path(toy.PROMPTS).exists():  # the last file that write_world writes
+    ends = {name: Path(name) for name in toy.FILES} | {name: Path(name, "summary.json") for name in toy.MODELS}
+    missing = [name for name, end in ends.items() if name in names and not end.exists()]  # end: what is written last
+    if missing and parallel.world_size() > 1:
+        raise UserError("the embedded world is made by one process: start this command without torchrun first")
+    if missing and not Path(toy.PROMPTS).exists():  # the last file that write_world writes
         toy.write_world(toy.FOLDER)
-    scalar, ordinal = (toy.REWARD_MODEL, main, []), (toy.ORDINAL_REWARD_MODEL, main, ["--head", "ordinal"])
-    for folder, make, flags in ((toy.POLICY, pretrain.main, []), scalar, ordinal):
-        if folder in world and not Path(folder, "summary.json").exists():
-            make(["--out", folder, "--resume", *flags])
+    for folder in toy.MODELS:  # the policy first
+        if folder in missing:
+            make = pretrain.main if folder == toy.POLICY else main
+            head = ["--head", "ordinal"] if folder == toy.ORDINAL_REWARD_MODEL else []
+            make(["--out", folder, "--resume", *head])
 
 
 @one_line_errors
@@ -231,7 +232,7 @@ def main(argv=None):
             chance = f"{threshold(eval_rows):.3f}, chance + 3 standard errors"
             raise UserError(f"validation accuracy {accuracy:.3f} is not above {chance}: no model saved; train longer, "
                             "give more pairs or insist with --accept-weak")  # fmt: skip
-        if lora_layers(model):
+        if options.lora_r:
             save_adapter(model, log.folder / "adapter", tokenizer)
         save_model(merge_lora(model), tokenizer, log.folder / "model")
         names = ["loss", "accuracy", "eval_loss", "eval_accuracy"]

@@ -78,7 +78,7 @@ def refuse(options, *names):
 
 def sample_gradients(task, prompts, generator, options):
     """A batch of answers to N/k prompts: rewards (N,), and advantage (N,) → gradient (n,) of the step's loss."""
-    uniform = uniform_numbers(len(prompts), options.max_length, generator)  # (N, P+T)
+    uniform = uniform_numbers(len(prompts), options.max_length, generator)  # (N, max_length)
     rollout = sample(task.policy, [prompt.tokens for prompt in prompts], uniform, options.temperature)
     scores, _ = judge_answers({"reward": task.judges["reward"]}, task.tokenizer, prompts, rollout)
     logprobs = token_logprobs(task.policy, rollout, options.temperature)  # (N, T)

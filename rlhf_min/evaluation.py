@@ -47,7 +47,7 @@ class TaskOptions(SamplingOptions, LoRAOptions):
     eval_prompts: str = option("", "prompts of the evaluation (default: some of --prompts are held out)")
     num_eval_prompts: int = option(256, "how many prompts to evaluate on", low=2)
     eval_every: int = option(0, "steps between evaluations while training, with three answers; 0 has none", low=0)
-    accumulation_steps: int = option(1, "forward passes per optimizer step; more need no more memory", low=1)
+    accumulation_steps: int = option(1, "scoring passes per optimizer step, of --batch-size answers each", low=1)
     gradient_checkpointing: bool = option(False, "compute activations twice instead of keeping them: less memory")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 never clips", low=0)
 
@@ -58,7 +58,7 @@ class TaskOptions(SamplingOptions, LoRAOptions):
 
 
 class Task(NamedTuple):
-    """What a policy is trained on: itself, its judges, the first of which is named `reward`, and prompts."""
+    """What a policy is trained on: itself, its judges, one of which is named `reward`, and prompts."""
 
     policy: nn.Module
     tokenizer: object
@@ -79,8 +79,7 @@ class Task(NamedTuple):
         """
         if not options.eval_every or step % options.eval_every:
             return {}
-        inputs = self.policy, self.tokenizer, self.eval_prompts, self.judges, options, self.policy, sft
-        columns = judge_policy(*inputs)
+        columns = judge_policy(self.policy, self.tokenizer, self.eval_prompts, self.judges, options, self.policy, sft)
         means = {f"eval_{name}": mean_se(columns[name])[0] for name in [*self.judges, "kl"]}
         samples = zip(columns["prompt"][:3], columns["completion"])
         if kept and options.keep == "best":
@@ -93,8 +92,8 @@ class Task(NamedTuple):
 def load_task(options, device):
     """The Task that the options of a script name; with --lora-r, the policy has its adapters."""
     policy, tokenizer = load_policy(options.policy, device, options.max_length)
-    judges = options.judges or (toy.JUDGES if options.prompts == toy.PROMPTS else [])
-    judges = load_judges_of_task(options.reward_model, options.reward_weights, judges, device)
+    specs = options.judges or (toy.JUDGES if options.prompts == toy.PROMPTS else [])
+    judges = load_judges_of_task(options.reward_model, options.reward_weights, specs, device)
     prompts, eval_prompts = prompts_of(options, tokenizer)
     torch.manual_seed(options.seed)
     if options.lora_r:
@@ -125,7 +124,7 @@ def judge_policy(policy, tokenizer, prompts, judges, options, reference=None, re
     columns = {name: [] for name in ["prompt", "completion", "length", "ended", *judges, "kl"]}
     for start in range(0, len(prompts), options.batch_size):
         batch = prompts[start : start + options.batch_size]
-        uniform = uniform_numbers(len(batch), options.max_length, generator)  # (B, P+T)
+        uniform = uniform_numbers(len(batch), options.max_length, generator)  # (B, max_length)
         with autocast(policy.device, options.precision):
             rollout = sample(policy, [prompt.tokens for prompt in batch], uniform, options.temperature)
         if reference is not None:  # in float32: bfloat16 rounds away the very difference that KL measures

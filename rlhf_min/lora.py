@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .support.errors import UserError, first_line
 from .support.files import read_json, whole, write_json
-from .support.models import HEADS, base_of, find_model, get_weights, is_adapter, is_head, load_plain_model
+from .support.models import HEADS, base_of, find_model, get_weights, head_labels, is_adapter, is_head, load_plain_model
 from .support.options import TrainingOptions, option
 
 # queries and values of Llama, GPT-2, DistilBERT, BERT; Pythia, BLOOM, Falcon; Phi-3; MPT, ModernBERT; DeBERTa; T5
@@ -239,12 +239,6 @@ def load_adapter(model, folder):
     for name, parameter in parameters.items():
         parameter.requires_grad_("lora_" in name or is_head(name))
     return model
-
-
-def head_labels(count):
-    """What config.json calls the labels of a head of `count` logits: a reward has no name, ratings are "1", "2", ..."""
-    ratings = {i: str(i + 1) for i in range(count)}
-    return {"num_labels": 1} if count == 1 else {"id2label": ratings, "label2id": {v: k for k, v in ratings.items()}}
 
 
 def load_model(auto_class, name, tokenizer, **config):

@@ -15,8 +15,8 @@ def pairwise_loss(chosen, rejected, margin=None, center_coefficient=0.0):
     rewards enters it. Sources: Back to Basics (2402.14740) eq. 1; margin: Llama 2 (2307.09288); centering: Helping or
     Herding (2312.09244) eq. 2.
 
-    chosen, rejected, margin: (B,), in nats. Returns a scalar. Raises ValueError for other shapes: a (B, 1) reward
-    against a (B,) margin would broadcast to (B, B) without a word.
+    chosen, rejected: r_w and r_l, (B,), in nats; margin: (B,). Returns a scalar. Raises ValueError for other shapes:
+    a (B, 1) reward against a (B,) margin would broadcast to (B, B) without a word.
     """
     for tensor in (chosen, rejected, margin):
         if tensor is not None and (tensor.dim() != 1 or tensor.shape != chosen.shape):

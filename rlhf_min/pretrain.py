@@ -80,7 +80,7 @@ def language_model_loss(model, texts, pad_token_id):
 
 
 def train_language_model(model, rows, pad_token_id, options, log):
-    """`options.epochs` passes over the token lists, in place; returns the number of steps."""
+    """`options.epochs` passes over the token lists, in place."""
     steps = max(1, options.epochs * len(rows) // options.batch_size)
     optimizer = Optimizer(model, options.lr, options.precision, warmup_steps=steps // 20, decay_steps=steps,
                           weight_decay=options.weight_decay, max_grad_norm=1.0)  # fmt: skip
@@ -92,7 +92,6 @@ def train_language_model(model, rows, pad_token_id, options, log):
         optimizer.backward(loss)
         optimizer.step()
         log.step(step=step, loss=loss.item(), **optimizer.metrics)
-    return steps
 
 
 @one_line_errors
@@ -111,11 +110,11 @@ def main(argv=None):
         # a last piece of one token would have no target, hence - 1
         rows = [row[i : i + options.max_length] for row in rows for i in range(0, len(row) - 1, options.max_length)]
         model = build_model(tokenizer, options.layers, options.width, options.max_length).to(device)
-        steps = train_language_model(model, rows, tokenizer.pad_token_id, options, log)
+        train_language_model(model, rows, tokenizer.pad_token_id, options, log)
         save_model(model.eval(), tokenizer, log.folder / "model")
         parameters = sum(p.numel() for p in model.parameters())
-        loss = log.metrics()[-1]["loss"]
-        log.finish(texts=len(texts), sequences=len(rows), steps=steps, parameters=parameters, loss=loss)
+        last = log.metrics()[-1]
+        log.finish(texts=len(texts), sequences=len(rows), steps=last["step"], parameters=parameters, loss=last["loss"])
 
 
 if __name__ == "__main__":

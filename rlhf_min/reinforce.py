@@ -118,8 +118,9 @@ def policy_gradient_loss(logprobs, advantage, mask):
 def step_metrics(team, rollout, logprobs, columns):
     """What a metrics line says of a step: the means over all B answers of a team.
 
-    columns: {name: (B / size,)}, with `reward`; logprobs: (B / size, T). Added are how long the answers are, how many
-    have no end, the entropy per token (all else is per answer), and the reward's standard deviation.
+    columns: {name: (B / size,)}, with `reward`; logprobs: (B / size, T), where `size` is the number of its processes.
+    Added are how long the answers are, how many have no end, the entropy per token (all else is per answer), and the
+    reward's standard deviation.
     """
     surprise = -logprobs.detach().masked_fill(~rollout.mask, 0.0).sum(-1)  # (B / size,)
     lengths = {"completions/mean_length": rollout.mask.sum(-1), "completions/clipped_ratio": ~rollout.ended}

@@ -19,12 +19,12 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from .data import cut, encode_answer
-from .lora import head_labels, load_model
+from .lora import load_model
 from .losses import rating_mean_std
 from .rollout import decode_completions
 from .support.batches import group_by_length, pad
 from .support.errors import UserError, first_line
-from .support.models import check_loaded, context_length, is_classifier, load_tokenizer
+from .support.models import check_loaded, context_length, head_labels, is_classifier, load_tokenizer
 
 TAKEN = """prompt completion length ended kl sigma step eta policy run baseline advantage anchor_kl entropy reward_std
 grad_norm clipped iteration step_seconds learning_rate distinct_2 loss accuracy""".split()  # columns of tables and logs
@@ -67,9 +67,9 @@ class RewardModel:
 
     is_function = False
 
-    def __init__(self, model, tokenizer, max_length=None, label=""):
+    def __init__(self, model, tokenizer, label=""):
         self.model, self.tokenizer, self.said = model.eval(), tokenizer, False
-        self.max_length = max_length or min(context_length(model), tokenizer.model_max_length)
+        self.max_length = min(context_length(model), tokenizer.model_max_length)
         self.label = [labels_of(model).index(label)] if label else slice(None)
         self.has_sigma = model.config.num_labels > 1 and not label
 
@@ -230,13 +230,13 @@ def load_judges_of_task(rewards, weights, judges, device):
         return load_judges([f"reward={rewards[0]}", *judges], device)
     try:
         numbers = [float(weight) for weight in weights or [1.0] * len(rewards)]
-        parts = dict(zip(named_judges([*rewards, *judges]), numbers))
-        if len(numbers) != len(rewards) or "reward" in parts or not all(map(math.isfinite, numbers)):
+        names = named_judges([*rewards, *judges])
+        if len(numbers) != len(rewards) or "reward" in names or not all(map(math.isfinite, numbers)):
             raise ValueError
     except ValueError:
         need = f"--reward-weights: {len(rewards)} numbers are needed, one for each --reward-model"
-        raise UserError(f"{need}; and their names, the last parts of their folders, are not reward") from None
-    loaded = load_judges([*rewards, *judges], device)
+        raise UserError(f"{need}; and no name, the last part of a folder, is reward") from None
+    loaded, parts = load_judges([*rewards, *judges], device), dict(zip(names, numbers))
     return {name: loaded[name] for name in parts} | {"reward": WeightedSum(parts)} | loaded
 
 

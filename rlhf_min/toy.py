@@ -83,7 +83,7 @@ def gold_score(text):
     are left out, wherever they stand, and so is an unfinished last sentence. Without any sentence the score is 0.
     """
     sentences = [s for s in split_sentences(text) if s.endswith(".") and s not in OPENINGS]
-    return sum(SENTENCES.get(sentence, 0.0) for sentence in set(sentences)) / max(1, len(sentences))
+    return sum(SENTENCES.get(sentence, 0.0) for sentence in dict.fromkeys(sentences)) / max(1, len(sentences))
 
 
 def fluency(text):

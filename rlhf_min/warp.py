@@ -96,7 +96,7 @@ def merge(init, policies, by="block", how="slerp"):
             delta = fold(delta, other, 1 / m)  # (n,)
         parts = delta.split([init[name].numel() for name in names])  # (n_i,) each
         merged |= {name: init[name] + part.view_as(init[name]) for name, part in zip(names, parts)}
-    return {name: merged[name] for name in init}
+    return merged
 
 
 def task_vector_geometry(init, policies, by="block"):

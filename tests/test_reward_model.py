@@ -384,6 +384,8 @@ def test_several_rewards_are_added_up(tiny_tokenizer, tmp_path, monkeypatch):
     for weights in (["1"], ["1", "x"], ["1", "nan"]):
         with pytest.raises(UserError, match="--reward-weights: 2 numbers are needed"):
             load_judges_of_task(specs, weights, [], CPU)
+    with pytest.raises(UserError, match="no name, the last part of a folder, is reward"):
+        load_judges_of_task(specs, [], ["reward=parts.words"], CPU)  # it would take the place of the sum
 
 
 def test_a_label_of_a_classifier_is_a_reward(tmp_path, tiny_tokenizer):

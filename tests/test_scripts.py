@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -517,6 +518,8 @@ def test_evaluation_uses_no_prompt_of_any_training(reinforce_run):
         assert len(drawn) == 50 and not {prompt.text for prompt in drawn} & {prompt.text for prompt in half}
     with pytest.raises(UserError, match="only 10 distinct prompts that no policy was trained on"):
         evaluate.draw_prompts(["runs/on-half"], tokenizer, options)  # 40 of the 100 more
+    with pytest.raises(UserError, match="runs/half was trained with --prompt-tokens 10; give the same"):
+        evaluate.draw_prompts(["runs/half"], tokenizer, replace(options, prompt_tokens=9))
     evaluate.main(["--policies", toy.POLICY, "runs/half", *EVALUATE, "--out", "runs/by-half"])
     _, held_out = evaluation.prompts_of(evaluate.run_options(str(reinforce_run)), tokenizer)
     options.num_prompts = 16
@@ -658,12 +661,17 @@ def test_every_model_of_the_world_that_is_named_is_made(monkeypatch, tmp_path):
         ([toy.PROMPTS], ["texts"]),
         ([toy.REWARD_MODEL], ["texts", resumed]),  # whose main makes the policy
         ([toy.ORDINAL_REWARD_MODEL, toy.POLICY], ["texts", "policy --resume", f"ordinal_{resumed} --head ordinal"]),
-        ([toy.POLICY], ["texts"]),
+        ([toy.POLICY], []),
     ):
         made.clear()
         train_rm.prepare_world(names)
         assert made == wanted
         "policy --resume" in made and Path(toy.POLICY, "summary.json").touch()
+    Path(toy.REWARD_MODEL).mkdir()  # an interrupted run
+    monkeypatch.setattr(train_rm.parallel, "world_size", lambda: 2)
+    train_rm.prepare_world([toy.POLICY])
+    with pytest.raises(UserError, match="start this command without torchrun first"):
+        train_rm.prepare_world([toy.POLICY, toy.REWARD_MODEL])
 
 
 def test_a_terminal_without_greek_does_not_end_a_run(monkeypatch):

@@ -111,6 +111,12 @@ def load_plain_model(auto_class, name, **config):
     return model
 
 
+def head_labels(count):
+    """What config.json calls the labels of a head of `count` logits: a reward has no name, ratings are "1", "2", ..."""
+    ratings = {i: str(i + 1) for i in range(count)}
+    return {"num_labels": 1} if count == 1 else {"id2label": ratings, "label2id": {v: k for k, v in ratings.items()}}
+
+
 def is_classifier(model):
     """Whether a model was saved as a sequence classifier."""
     return "SequenceClassification" in str(model.config.architectures)

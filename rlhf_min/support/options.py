@@ -78,7 +78,7 @@ def build_parser(options_class):
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
         elif field.type is list:
-            parser.add_argument(flag, nargs="*", help=help)
+            parser.add_argument(flag, nargs="+", help=help)
         else:
             shown = f"{help} (default: {field.default})" if field.default != "" else help
             parser.add_argument(flag, type=field.type, choices=field.metadata["choices"], help=shown)

@@ -47,6 +47,6 @@ def plot_front(fronts, judge_names, path):
             if "eta" in row:
                 place = {"xytext": shift, "textcoords": "offset points"}
                 panel.annotate(f"η={row['eta']:g}", (row["kl"], row[name]), fontsize=7, **place)
-        panel.set(xlabel="KL to θ_sft, nats per answer", ylabel=name)
+        panel.set(xlabel="KL to the reference, nats per answer", ylabel=name)
 
     draw(judge_names, fill, path, (4.0, 3.4))

@@ -94,8 +94,8 @@ class Optimizer:
             getattr(self, name).load_state_dict(part)
 
     def autocast(self):
-        """The region in which models run. Sampling and scoring have one each: in a region of theirs, some versions of
-        torch would score with the weights that sampling has cast, which have no gradient."""
+        """The region in which models run. Sampling and scoring each open their own: in a shared one, some versions of
+        torch score with the weights that sampling has cast, and these have no gradient."""
         return autocast(self.device, self.precision)
 
     def backward(self, loss):

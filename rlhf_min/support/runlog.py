@@ -26,16 +26,16 @@ from .files import lock, read_json, whole, write_json
 SHOWN = {"loss", "accuracy", "reward", "kl"}
 
 
-def reporter(name, folder, options):
+def reporter(name, folder, team, options):
     """A function of (metrics, step) that logs numbers with TensorBoard or Weights & Biases."""
     if name == "wandb":
         import wandb
 
-        wandb.init(project="rlhf_min", name=folder.name, dir=folder, config=dataclasses.asdict(options))
+        wandb.init(project="rlhf_min", name=f"{folder.name}{team}", dir=folder, config=dataclasses.asdict(options))
         return lambda metrics, step: wandb.log(metrics, step=step)
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(folder)
+    writer = SummaryWriter(folder / team)
     return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
 
 
@@ -179,8 +179,9 @@ class RunLog:
             write_json(path, run)
         if self._lines:
             self._lines.truncate(self._saved["metrics_bytes"] if self._saved else 0)  # what follows is done again
-            if getattr(self.options, "report_to", ""):
-                self._report = reporter(self.options.report_to, self.folder, self.options)
+            if self.options.report_to:
+                team = "" if self.team.count == 1 else f"team-{self.team.number}"  # else their lines would mix
+                self._report = reporter(self.options.report_to, self.folder, team, self.options)
                 self._written = len(self.metrics())
         if self._saved:
             self._start -= self._saved["seconds"]
@@ -231,7 +232,7 @@ class RunLog:
         """Write a line of metrics.jsonl; the names in SHOWN go behind the progress bar, too."""
         if metrics.get("reward_std") == 0 and not self._said:
             self._said = True
-            print("all rewards of a step are equal: nothing can be learnt from them", file=sys.stderr)
+            print("all rewards of a step are equal; if they stay so, there is nothing to learn", file=sys.stderr)
         now = time.perf_counter()
         metrics["step_seconds"], self._last_step = round(now - self._last_step, 4), now
         if self._lines:

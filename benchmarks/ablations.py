@@ -1,7 +1,7 @@
 """What does each part of WARP do, and is WARP better than plain REINFORCE? On the embedded world, over seeds.
 
     pip install -e '.[plots,bench]'
-    python benchmarks/ablations.py --out runs/ablations            # three hours on two cores; goes on where it stopped
+    python benchmarks/ablations.py --seeds 5 --out runs/ablations  # three hours on two cores; goes on where it stopped
 
 Every arm changes one thing of the centre: lr 3e-4, T = 100 steps, I = M = 2, β = .1, μ = .01, η = .5, which are 400
 steps. A seed has a reward model and samples of its own; θ_sft and the held-out prompts are the same for all. An arm
@@ -45,7 +45,7 @@ from rlhf_min.support.options import option, parse_options
 from rlhf_min.support.precision import resolve_device
 from rlhf_min.support.runlog import git_commit
 
-SHARED = ("lr", "seed", "batch_size", "max_length", "temperature", "device", "precision", "max_grad_norm")
+SHARED = """lr seed batch_size accumulation_steps max_length temperature device precision max_grad_norm""".split()
 ETAS = (0.25, 0.5, 0.75, 1.0)
 MUS, BETAS = (0.01, 0.05, 0.1, 0.5), (0.05, 0.1, 0.2)
 FEW = 200  # training pairs of the worse reward model; the usual one has 2,000
@@ -66,13 +66,10 @@ class AblationOptions(train_warp.WarpOptions):
     seeds: int = option(8, "repetitions, each with a reward model of its own", low=2)
     workers: int = option(2, "processes of one thread each", low=1)
     lr: float = option(3e-4, "AdamW learning rate", low=0)
-    groups: list = option([], "groups of arms to run (default: all)")
 
     def check(self):
         refuse(self, "iterations", "runs", "eta", "anchor", "merge", "merge_by", "keep_runs", "seed", "reward_model",
                "reward_weights", "resume", "save_every", "report_to", "eval_every", "lora_r")  # fmt: skip
-        if unknown := set(self.groups) - {*GROUPS}:
-            raise UserError(f"--groups {min(unknown)}: there are {', '.join(GROUPS)}")
         super().check()
 
 
@@ -88,9 +85,8 @@ class Recorder:
         for step in range(1, steps + 1):
             yield step
             if step % self.every == 0:
-                kinds = {kind: weights for kind, weights in state().items() if kind in ("policy", "ema")}
                 copy = lambda weights: {name: w.detach().clone() for name, w in weights.items()}
-                self.kept[step] = {kind: copy(weights) for kind, weights in kinds.items()}
+                self.kept[step] = {kind: copy(state()[kind]) for kind in ("policy", "ema") if kind in state()}
 
     def step(self, **metrics):
         """A metrics line, which nobody reads."""
@@ -241,13 +237,19 @@ def judge_group(group, number, options):
 
 
 def work(job):
-    """A file with the rows of one name at one seed; what has been done is left alone. Returns its path."""
+    """A file with the rows of one name at one seed; what has been done is left alone. Returns its path.
+
+    UserError for what was done with other options.
+    """
     make_rows, name, seed, options = job
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "seeds", "workers")}
     path = Path(options.out) / f"{re.sub(r'[^a-zA-Z0-9]+', '_', name)}-{seed}.json"
     if not path.exists():
         torch.set_num_threads(1)
-        write_json(path, {"commit": git_commit(), "rows": make_rows(name, seed, options)})
+        write_json(path, {"commit": git_commit(), "options": settings, "rows": make_rows(name, seed, options)})
         print(f"{name}, seed {seed}: done", flush=True)
+    if read_json(path).get("options") != settings:
+        raise UserError(f"{path} was made with other options; name another --out")
     return path
 
 
@@ -278,7 +280,7 @@ def save_results(path, command, results, threads=1):
 def main(argv=None):
     options = parse_options(AblationOptions, argv)
     options.out = options.out or "runs/ablations"
-    run_all(options, judge_group, options.groups or GROUPS)
+    run_all(options, judge_group, GROUPS)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from rlhf_min.support.plots import draw, plot_front
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- results (\w+) (\w+)(?:: (.*?))? -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
-NATS = (1.0, 2.0)  # where fronts are compared
+NATS, WIDE = (1.0, 2.0), 4.0  # where fronts are compared, in nats; how far apart the points around may be
 START, NOTHING = "θ_sft", (math.nan,) * 5
 PARTNERS = {  # an arm of WARP: REINFORCE with the same β, the same number of steps and the same reward model
     CENTRE: "REINFORCE, β 0.1, 4T steps", "anchor θ_sft": "REINFORCE, β 0.1, 4T steps",
@@ -92,11 +92,10 @@ def curve(lines, size=20):
 def at_kl(front, start, target, name):
     """The column `name` where the front, which begins in the row `start` at KL 0, reaches `target`; NaN if never.
 
-    Linear in the KL between neighbouring points.
+    Linear in the KL between neighbouring points, and NaN between two that are more than WIDE apart.
     """
-    points = [start, *front]
-    for a, b in pairwise(points):
-        if a["kl"] <= target <= b["kl"] and a["kl"] < b["kl"]:
+    for a, b in pairwise([start, *front]):
+        if a["kl"] <= target <= b["kl"] and 0 < b["kl"] - a["kl"] <= WIDE:
             share = (target - a["kl"]) / (b["kl"] - a["kl"])
             return (1 - share) * a[name] + share * b[name]
     return math.nan
@@ -104,9 +103,8 @@ def at_kl(front, start, target, name):
 
 def t_interval(differences):
     """(mean, low, high, p) of paired differences: Student's t, 95 %, two-sided p against 0."""
-    mean, error = mean_se(differences)
-    half = stats.t.ppf(0.975, len(differences) - 1) * error
-    return mean, mean - half, mean + half, stats.ttest_1samp(differences, 0.0).pvalue
+    test = stats.ttest_1samp(differences, 0.0)
+    return mean_se(differences)[0], *test.confidence_interval(), test.pvalue
 
 
 def holm(p_values):
@@ -317,8 +315,8 @@ def plot_fronts(arms, path):
 
     def points(fronts, name):
         """Means of x and y and the errors of y, a value for each point of the fronts."""
-        x = [mean_se(kl)[0] for kl in zip(*column(fronts, "kl"))]
-        y, error = zip(*(mean_se(values) for values in zip(*column(fronts, name))))
+        x = [mean_se([row["kl"] for row in rows])[0] for rows in zip(*fronts)]
+        y, error = zip(*(mean_se([row[name] for row in rows]) for rows in zip(*fronts)))
         return x, y, error
 
     def fill(panel, name):
@@ -334,11 +332,6 @@ def plot_fronts(arms, path):
         panel.set(xlabel="KL to θ_sft, nats per answer", ylabel=name)
 
     draw(["reward", "gold"], fill, path, (5.0, 3.8))
-
-
-def column(fronts, name):
-    """Rows of numbers from rows of table rows."""
-    return [[row[name] for row in front] for front in fronts]
 
 
 def plot_contrasts(arms, path):

@@ -3,8 +3,9 @@
     python benchmarks/kl.py --out runs/kl            # half an hour on two cores; goes on where it stopped
 
 FORMS holds the losses of a step, each a function of (logprobs (B, T), ref_logprobs (B, T), reward (B,), mask (B, T), β)
-in which only the KL term differs. They are the losses that rlhf_min/oracle.py takes, so its verdict on a form is one on
-what trained here. The reward comes in with the mean of past rewards subtracted, which changes no expectation.
+in which only the KL term differs; but a form that is scored at another temperature also scores its reward term there.
+They are the losses that rlhf_min/oracle.py takes, so its verdict on a form is one on what trained here. The mean of
+past rewards is subtracted from the reward, which changes no expectation of a form that is scored as it is sampled.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ class KlOptions(AblationOptions):
     beta: float = option(0.135, "β: weight of the KL term", low=0)
 
     def check(self):
-        refuse(self, "groups", "mu")
+        refuse(self, "mu")
         super().check()
 
 

@@ -51,7 +51,7 @@ from rlhf_min.support import gpu_step, parallel
 from rlhf_min.support.errors import UserError, first_line, one_line_errors
 from rlhf_min.support.models import get_weights, load_plain_model
 from rlhf_min.support.options import RunOptions, option, parse_options
-from rlhf_min.support.precision import autocast, keep_memory, resolve_device
+from rlhf_min.support.precision import autocast, resolve_device
 from rlhf_min.support.runlog import RunLog
 
 TEMPERATURE, PROMPT, ANSWER = 0.7, 10, 54  # the WARP report's
@@ -140,7 +140,7 @@ def work(line, name, side, options):
     """A process's work: the turns of one side of a row. What goes wrong is sent in place of a report."""
     set_threads(options)
     if side == "ours":
-        keep_memory()  # as resolve_device does in every script
+        resolve_device(options)  # as in every script; the peer runs as its users run it
     row, turns = ROWS[name], Turns(line, options)
     try:
         with tempfile.TemporaryDirectory() as folder:

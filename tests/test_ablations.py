@@ -77,6 +77,7 @@ def test_a_front_between_its_points():
     start, rows = front((0, 0.0))[0], front((1, 0.2), (3, 0.6))
     assert [documents.at_kl(rows, start, kl, "gold") for kl in (0.5, 1, 2, 3)] == pytest.approx([0.1, 0.2, 0.4, 0.6])
     assert math.isnan(documents.at_kl(rows, start, 3.1, "gold"))
+    assert math.isnan(documents.at_kl([{"kl": 4.1, "gold": 0.6}], start, 1, "gold"))  # no policy was judged near 1
 
 
 def test_intervals_and_corrections_by_hand():

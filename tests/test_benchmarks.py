@@ -226,7 +226,6 @@ def test_speed_of_a_row_and_of_a_peer_that_is_not_there(monkeypatch, tmp_path, c
     (baselines, "--batch-size 10", "--batch-size 10 must be a multiple of 4"),
     (speed, "--rows nothing", "there is no such row"),
     (ablations, "--iterations 3", "--iterations: the comparison sets it itself"),
-    (ablations, "--groups centre nothing", "--groups nothing: there are centre, merge"),
     (kl, "--mu 0.5", "--mu: the comparison sets it itself"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(in_world, capsys, tmp_path, module, flags, fragment):

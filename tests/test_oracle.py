@@ -1,5 +1,6 @@
 """The oracle, on losses whose expected gradient we can derive: right ones, the places of the KL, and mistakes."""
 
+import functools
 import itertools
 import math
 from collections import defaultdict
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import kl
 from rlhf_min.oracle import World, all_answers, all_batches, examine, known_quantities, main, run
 from rlhf_min.reinforce import kl_estimate, leave_one_out, policy_gradient_loss, shaped_reward
 from rlhf_min.support.errors import UserError
@@ -101,26 +103,23 @@ def test_another_beta():
     assert examine(loss, beta=1 / 3).faults == []
 
 
-FORMS = {  # where the KL stands, as in benchmarks/kl.py: what the KL term climbs
-    "k1 in the reward, detached": (right, {"KL(π‖ref)": -BETA}),
-    "k2 as a loss": (with_kl_loss(lambda *pair: kl_estimate(*pair, "k2")), {"KL(π‖ref)": -BETA}),
-    "k3 as a loss": (with_kl_loss(lambda *pair: kl_estimate(*pair, "k3")), {"KL(ref‖π)": -BETA}),
-    "k1 as a loss": (with_kl_loss(kl_estimate), {}),
-    "no KL": (lambda logprobs, ref, reward, mask: policy_gradient_loss(logprobs, reward, mask), {}),
-    "k3 in the reward, detached": (lambda *batch: policy_gradient_loss(batch[0], shaped(*batch, "k3"), batch[3]),
-                                   {"KL(π‖ref)": -BETA, "KL(ref‖π)": BETA}),
-    "k1 in the reward, sign swapped": (
-        lambda *batch: policy_gradient_loss(batch[0], shaped(*batch, beta=-BETA), batch[3]),
-        {"KL(π‖ref)": BETA},
-    ),
-}  # fmt: skip
+FORMS = {  # of benchmarks/kl.py: what the KL term climbs
+    "k1 in the reward, detached": {"KL(π‖ref)": -BETA},
+    "k2 as a loss": {"KL(π‖ref)": -BETA},
+    "k3 as a loss": {"KL(ref‖π)": -BETA},
+    "k1 as a loss": {},
+    "no KL": {},
+    "k3 in the reward, detached": {"KL(π‖ref)": -BETA, "KL(ref‖π)": BETA},
+    "k1 in the reward, sign swapped": {"KL(π‖ref)": BETA},
+}
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_places_of_the_kl(name):
     """One line of the loss changed, and the KL term is another gradient; the reward term is not touched."""
-    loss, climbs = FORMS[name]
-    report = examine(loss, BETA)
+    (loss, temperature), climbs = kl.FORMS[name], FORMS[name]
+    report = examine(functools.partial(loss, beta=BETA), BETA)
+    assert temperature is None
     assert (report.reward_term, report.kl_term) == ({"E[r]": 1.0}, climbs)
     assert report.sees_reference == (name != "no KL")
     assert (report.faults == []) == (climbs == {"KL(π‖ref)": -BETA})
@@ -132,7 +131,9 @@ def test_k1_as_a_loss_at_another_temperature():
     E_s[∇ log π] = −∇KL(s‖π), which is 0 only for s = π. To move away from a sharper policy is to flatten: uphill in
     entropy.
     """
-    report = examine(with_kl_loss(kl_estimate), BETA, temperature=0.7)
+    loss, temperature = kl.FORMS["k1 as a loss, scored at temperature 1"]
+    assert temperature == 1.0
+    report = examine(functools.partial(loss, beta=BETA), BETA, temperature=0.7)
     assert (report.reward_term, report.kl_term) == ({"E_s[r log π]": 1.0}, {"KL(s‖π)": BETA})
     world = World(temperature=0.7)
     known = known_quantities(world, 0.7)

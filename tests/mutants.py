@@ -45,6 +45,7 @@ TESTS = SCRIPTS | {
     "reward_model": "tests/test_reward_model.py tests/test_mutants.py -k 'not one_place'",
     "data": "tests/test_data.py tests/test_reward_model.py",
     "support/rows": "tests/test_data.py",
+    "pretrain": "tests/test_toy.py",
     "support/batches": "tests/test_data.py tests/test_rollout.py tests/test_resume.py -k 'not test_resume or rm-step'",
     "support/runlog": "tests/test_resume.py -k 'restored or inside or rm-step or warp-s or ctrl or ignored or two_p'",
     "support/files": "tests/test_resume.py -k complete",

@@ -3,7 +3,6 @@
 The right solutions are written in another style than the package's. Each wrong one is a right one with one mistake.
 """
 
-import base64
 import inspect
 import math
 import re
@@ -402,16 +401,6 @@ def test_find_the_bug_says_which_lines_are_right():
     for words in ("8 of 10 are found", "front: line 5, that line does", "positions: no answer yet"):
         assert words in text
     assert "⅝" not in text  # the sentence about front is not given away
-
-
-def test_the_answers_to_find_the_bug_are_hidden():
-    """Neither the lines nor the sentences can be read at a glance, and each sentence says more than a few words."""
-    hidden = (FOLDER / "ex15_answers.txt").read_text(encoding="utf-8").splitlines()
-    assert len(hidden) == 11
-    for line, name in zip(hidden[1:], LINES):
-        words = line.split()
-        assert words[0] == name and len(words) == 2
-        assert len(base64.b64decode(words[1]).decode().split()) > 15
 
 
 # 16: stop the hack

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_min import lora, warp
+from rlhf_min import lora
 from rlhf_min.lora import add_lora, dense_weights, load_adapter, lora_layers, save_adapter
 from rlhf_min.reward_model import load_classifier
 from rlhf_min.rollout import load_policy
@@ -461,28 +461,3 @@ def test_a_sum_of_adapters_is_one_adapter(tmp_path, tiny_tokenizer, kind, count)
     for name, weight in dense_weights(model).items():
         singular = torch.linalg.svdvals((end[name] - start[name]).double())
         assert (end[name] - weight).norm().item() == pytest.approx(singular[2:].norm().item(), rel=1e-4)
-
-
-@policies
-def test_merged_policies_are_one_adapter_of_twice_the_rank(kind):
-    """SLERP (λ = ½) and η on dense weights give W + η c s (B_1 A_1 + B_2 A_2), c = 1 / (2 cos Ω/2) a block.
-
-    The means of A and of B would make another matrix.
-    """
-    start, two = dense_weights(add_lora(build(kind), R, ALPHA)), [adapted(kind, seed) for seed in (1, 9)]
-    eta = 0.3
-    got = warp.interpolate(start, warp.merge(start, [dense_weights(policy) for policy in two]), eta)
-    first, second = map(factors, two)
-    joint = {}  # the factors of one adapter of rank 2 r, s = 1
-    for block in ("0", "1"):
-        names = [name for name in ADAPTED[family(kind)] if f".{block}." in name]
-        a, b = (torch.cat([(p[n][1] @ p[n][0]).detach().double().flatten() for n in names]) for p in (first, second))
-        c = 1 / (2 * math.cos(math.acos((a @ b / a.norm() / b.norm()).item()) / 2))
-        for n in names:
-            (a1, b1), (a2, b2) = first[n], second[n]
-            joint[n] = torch.cat([a1, a2]).detach(), eta * S * c * torch.cat([b1, b2], dim=1).detach()
-            differ(joint[n][1] @ joint[n][0], eta * S * c * (b1 + b2) @ (a1 + a2) / 2)
-    expected = by_hand(joint, build(kind), s=1.0)
-    assert list(got) == list(expected)
-    for name in got:
-        close(got[name], expected[name], atol=1e-6)

@@ -51,15 +51,6 @@ def test_centering_value():
     assert (centered - plain).item() == pytest.approx(0.05, abs=1e-12)
 
 
-def test_gradient_in_closed_form():
-    """The gradient is (2cs ∓ σ(−d)) / B at r_w and r_l, with d = r_w − r_l − margin and s = r_w + r_l."""
-    chosen, rejected = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    margin, c = vector(0.0, 0.5, 1.0, 2.0), 0.1
-    got = torch.autograd.grad(pairwise_loss(chosen, rejected, margin, c), (chosen, rejected))
-    wrong, total = torch.sigmoid(rejected - chosen + margin), chosen + rejected
-    close(got, ((-wrong + 2 * c * total) / 4, (wrong + 2 * c * total) / 4))
-
-
 def test_log_space():
     """A pair that is wrong by 200 costs 200 and has the full gradient −1, in float32; log(σ) would be −inf."""
     chosen = torch.tensor([-100.0], requires_grad=True)
@@ -112,30 +103,6 @@ def test_ordinal_loss_equals_the_double_loop(ties, k):
     close(loss, -logprob.mean(), **exact)
     got, want = (torch.autograd.grad(value, (chosen, rejected)) for value in (loss, -logprob.mean()))
     close(got, want, **exact)
-
-
-def posterior(chosen, rejected, ties):
-    """q_w, q_l (B, K): the two distributions given that w won, from the table p_w(i) p_l(j) credit(i, j)."""
-    p_w, p_l = chosen.softmax(-1), rejected.softmax(-1)
-    i, j = torch.arange(K)[:, None], torch.arange(K)
-    credit = (i > j).double() + (0.5 * (i == j).double() if ties == "half" else 0)
-    joint = p_w[:, :, None] * p_l[:, None, :] * credit
-    joint = joint / joint.sum((1, 2), keepdim=True)
-    return joint.sum(2), joint.sum(1)
-
-
-@both_ties
-def test_ordinal_gradient_is_prior_minus_posterior(ties):
-    """The gradient at the logits of w is (p_w − q_w) / B with the posterior q_w(i) ∝ p_w(i) F_l(i−1), and so at l."""
-    chosen, rejected = (random_logits(4, requires_grad=True) for _ in range(2))
-    got = torch.autograd.grad(ordinal_loss(chosen, rejected, ties), (chosen, rejected))
-    q_w, q_l = posterior(chosen, rejected, ties)
-    if ties == "strict":  # q_w again, from its formula: F_l(i−1) is the mass strictly below i
-        below = torch.cat([torch.zeros(4, 1), rejected.softmax(-1).cumsum(-1)[:, :-1]], dim=1)
-        again = chosen.softmax(-1) * below
-        close(q_w, again / again.sum(-1, keepdim=True))
-        assert (q_w[:, 0] == 0).all() and (q_l[:, -1] == 0).all()  # who won has no 1, who lost has no 10
-    close(got, ((chosen.softmax(-1) - q_w) / 4, (rejected.softmax(-1) - q_l) / 4), **exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

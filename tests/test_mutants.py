@@ -19,11 +19,6 @@ def test_every_mutant_changes_one_place(name):
         assert not word.endswith(".py") or (ROOT / word).is_file()
 
 
-def test_there_are_mutants_of_the_loops():
-    """The loops of the scripts are mutated, too, and so is the choice of prompts."""
-    assert sum(len(MUTANTS[name]) for name in ("train_rm", "train_reinforce", "train_warp", "evaluate")) >= 40
-
-
 def test_rare_tokens_are_drawn_where_they_are():
     """Behind a likely token come 999 of probability 1e-9, the middle of each draws it; float32 would skip most."""
     probs, tokens = torch.tensor([[1.0, *[1e-9] * 999]]), torch.arange(1, 1000)

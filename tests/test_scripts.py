@@ -31,7 +31,7 @@ from rlhf_min.support import precision
 from rlhf_min.support.errors import UserError, one_line_errors
 from rlhf_min.support.models import get_weights, set_weights
 from rlhf_min.support.options import parse_options
-from rlhf_min.support.rows import write_jsonl
+from rlhf_min.support.rows import read_rows, write_jsonl
 from rlhf_min.support.runlog import RunLog
 
 pytestmark = pytest.mark.usefixtures("in_world")
@@ -359,6 +359,10 @@ def test_held_out_pairs_are_none_that_are_trained_on(tmp_path):
     options.eval_data = str(tmp_path / "eval.jsonl")
     rows, eval_rows, dropped = train_rm.load_rows(options, tokenizer, 64)
     assert (len(rows), len(eval_rows)) == (95, 50) and "40 of --eval-data that are copies or in --data" in dropped
+    for name in (options.data, options.eval_data):
+        write_jsonl(name, [{"better_text": row.pop("chosen"), **row} for row in read_rows(name)])
+    options.columns = ["chosen=better_text"]
+    assert train_rm.load_rows(options, tokenizer, 64) == (rows, eval_rows, dropped)
 
 
 # What a run leaves in its folder
@@ -585,6 +589,17 @@ def test_a_reward_model_that_learnt_nothing_is_not_saved(tmp_path, capsys):
     assert not (tmp_path / "weak/model").exists() and train_rm.threshold([0] * 100) == 0.65
     train_rm.main([*flags, str(tmp_path / "accepted"), "--accept-weak"])
     assert (tmp_path / "accepted/model/model.safetensors").exists()
+
+
+def test_policies_at_one_kl(reinforce_run):
+    """--match-kl goes back from the policy to the first one until the KL is the wanted one; the first has KL 0."""
+    policies = ["--policies", toy.POLICY, str(reinforce_run)]
+    evaluate.main([*policies, *EVALUATE, "--out", "runs/ends"])
+    end = read_summary("runs/ends")["rows"][1]
+    evaluate.main([*policies, *EVALUATE, "--match-kl", str(end["kl"] / 4), "--out", "runs/matched"])
+    first, matched = read_summary("runs/matched")["rows"]
+    assert first["kl"] == 0 and matched["kl"] == pytest.approx(end["kl"] / 4, rel=0.1)
+    assert first["eta"] == 1 > matched["eta"] > 0 and matched["reward"] != end["reward"]
 
 
 def test_pretraining_learns_from_the_texts_of_the_world(monkeypatch, tmp_path):

@@ -20,7 +20,8 @@ def test_gold_and_fluency_by_hand():
     text = f"{opening} The plot was superb. The acting was not good. I watched it alone. The plot was superb. Blah. The"
     assert opening in toy.OPENINGS
     assert toy.gold_score(text) == pytest.approx((1 - 0.6) / 5) and toy.fluency(text) == 4 / 6
-    assert toy.gold_score(f"{text} end. {opening}") == pytest.approx((1 - 0.6) / 6)  # openings never count
+    text = f"{text} end. {max(toy.OPENINGS)}"  # two more sentences, the last an opening that is none
+    assert toy.gold_score(text) == pytest.approx((1 - 0.6) / 6) and toy.fluency(text) == 4 / 8
     assert (toy.gold_score(opening), toy.fluency("The"), toy.gold_score("")) == (0, 0, 0)
 
 

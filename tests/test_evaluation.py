@@ -23,7 +23,7 @@ from rlhf_min.evaluation import (
     z_score,
 )
 from rlhf_min.lora import add_lora, lora_layers
-from rlhf_min.reward_model import RewardFunction
+from rlhf_min.reward_model import RewardFunction, WeightedSum
 from rlhf_min.support.errors import UserError
 from rlhf_min.support.models import get_weights, set_weights
 from rlhf_min.warp import interpolate
@@ -154,6 +154,9 @@ def test_the_cheap_judges():
     model = SimpleNamespace(is_function=False)
     task = Task(None, None, {"reward": model, "other": model, **JUDGES}, [], [])
     assert list(task.cheap_judges) == ["reward", "letters", "words"]
+    parts = WeightedSum({"rm": 1.0, "letters": 0.5})  # a part is needed for the sum, even if it is a model
+    judges = {"rm": model, "letters": JUDGES["letters"], "reward": parts, "other": model}
+    assert list(Task(None, None, judges, [], []).cheap_judges) == ["rm", "letters", "reward"]
 
 
 def test_columns_agree_with_the_answers(tiny_policy, tiny_tokenizer):

@@ -95,7 +95,7 @@ def train_policy(task, sft, options, log):
         kl = reinforce.kl_estimate(logprobs.detach(), sft_logprobs, rollout.mask)  # (B,)
         reward = scores["reward"] - penalty * scores["sigma"]  # (B,)
         shaped = reinforce.shaped_reward(reward, kl, options.beta)  # (B,)
-        # (RLOO gives R − b; we want b, so that f(σ) can weigh the difference and the log can show b)
+        # leave_one_out gives R − b; we want b, so that f(σ) can weigh the difference and the log can show b
         b = shaped - reinforce.leave_one_out(shaped.view(-1, k)).flatten() if rloo else baseline.value  # (B,) or number
         advantage = (shaped - b) * weight(scores["sigma"])  # (B,)
 

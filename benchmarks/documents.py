@@ -32,7 +32,8 @@ from rlhf_min.support.plots import draw, plot_front
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- results (\w+) (\w+)(?:: (.*?))? -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
-NATS, WIDE = (1.0, 2.0), 4.0  # where fronts are compared, in nats; how far apart the points around may be
+NATS = (1.0, 2.0)  # where fronts are compared
+WIDE = 4.0  # nats; between points of a front that are further apart no value is read
 START, NOTHING = "θ_sft", (math.nan,) * 5
 PARTNERS = {  # an arm of WARP: REINFORCE with the same β, the same number of steps and the same reward model
     CENTRE: "REINFORCE, β 0.1, 4T steps", "anchor θ_sft": "REINFORCE, β 0.1, 4T steps",
@@ -143,7 +144,8 @@ def contrasts(arms):
             seeds = sorted(centre.keys() & values)
             if len(seeds) == len(arms[arm]):  # where a seed's front is too short, the others would be a selection
                 found[arm, target] = t_interval([values[seed] - centre[seed] for seed in seeds])
-    adjusted = holm({key: value[3] for key, value in found.items()})
+    named = product([arm for arm in CONTRASTS if arm in arms], NATS)  # one without a value still counts
+    adjusted = holm({key: found[key][3] if key in found else 1.0 for key in named})
     return {key: (*value, adjusted[key]) for key, value in found.items()}
 
 

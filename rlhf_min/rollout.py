@@ -39,7 +39,7 @@ def load_policy(name, device, max_length):
         raise UserError(f"{name} reads at most {context_length(model)} tokens; lower --max-length {max_length}")
     config = model.generation_config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    config.eos_token_id = sorted({tokenizer.eos_token_id, *ends} - {None})  # stories260K ends a story with id 1
+    config.eos_token_id = sorted({tokenizer.eos_token_id, *ends} - {None})  # some models end an answer in their own way
     config.pad_token_id = tokenizer.pad_token_id
     return model.to(device).eval(), tokenizer
 

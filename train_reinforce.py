@@ -1,7 +1,7 @@
 """REINFORCE for language models (Back to Basics, 2402.14740): one answer is one action.
 
     python train_reinforce.py                               # the embedded world: offline, half a minute on two cores
-    python train_reinforce.py --reward-model runs/toy/ordinal_reward_model --sigma advantage --lora-r 8 --lr 3e-4
+    python train_reinforce.py --baseline leave-one-out --num-generations 4    # RLOO
     torchrun --nproc-per-node 2 train_reinforce.py          # two processes share each batch
 
 The algorithm:
@@ -64,7 +64,7 @@ class ReinforceOptions(TaskOptions):
 
 def train_policy(task, sft, options, log):
     """T steps of REINFORCE, in place; returns the step that --keep keeps. sft: the weights of π_sft."""
-    policy, team, passes = task.policy, log.team, options.accumulation_steps
+    policy, team, passes = task.policy, log.team, options.gradient_accumulation_steps
     k, rloo = options.num_generations, options.baseline == "leave-one-out"
     penalty = 1.0 if options.sigma == "penalty" else 0.0
     weight = reinforce.sigma_weight if options.sigma == "advantage" else torch.ones_like
@@ -95,9 +95,8 @@ def train_policy(task, sft, options, log):
         kl = reinforce.kl_estimate(logprobs.detach(), sft_logprobs, rollout.mask)  # (B,)
         reward = scores["reward"] - penalty * scores["sigma"]  # (B,)
         shaped = reinforce.shaped_reward(reward, kl, options.beta)  # (B,)
-        # leave_one_out gives R − b; we want b, so that f(σ) can weigh the difference and the log can show b
-        b = shaped - reinforce.leave_one_out(shaped.view(-1, k)).flatten() if rloo else baseline.value  # (B,) or number
-        advantage = (shaped - b) * weight(scores["sigma"])  # (B,)
+        r_minus_b = reinforce.leave_one_out(shaped.view(-1, k)).flatten() if rloo else shaped - baseline.value  # (B,)
+        advantage = r_minus_b * weight(scores["sigma"])  # (B,)
 
         # (2) θ ← Opt(θ, A ∇ log π)
         optimizer.backward(reinforce.policy_gradient_loss(logprobs, advantage, rollout.mask))
@@ -105,7 +104,7 @@ def train_policy(task, sft, options, log):
         if moved:  # False where float16 overflowed and the step was skipped
             baseline.update(team.gather(shaped))
 
-        scores |= {"kl": kl, "advantage": advantage, "baseline": torch.zeros_like(kl) + b}
+        scores |= {"kl": kl, "advantage": advantage, "baseline": shaped - r_minus_b}
         metrics = reinforce.step_metrics(team, rollout, logprobs, scores)
         metrics |= task.eval_metrics(options, sft, step, kept)
         log.step(step=step, **metrics, **optimizer.metrics)

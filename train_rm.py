@@ -59,7 +59,7 @@ class RewardModelOptions(LoRAOptions):
     weight_decay: float = option(0.0, "AdamW weight decay", low=0)
     epochs: int = option(3, "passes over the pairs", low=1)
     batch_size: int = option(32, "pairs per forward pass", low=1)
-    accumulation_steps: int = option(1, "forward passes per optimizer step", low=1)
+    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", low=1)
     max_length: int = option(512, "tokens; longer pairs are dropped, longer labelled texts keep their beginning", low=8)
     center_coefficient: float = option(0.01, "c of c (r_w + r_l)², or of c (E_w + E_l − 11)²", low=0)
     lora_dropout: float = option(0.0, "dropout in front of the adapters", low=0, high=0.99)
@@ -114,7 +114,7 @@ def evaluate_pairs(model, rows, tokenizer, options):
 
 def train(model, tokenizer, train_rows, eval_rows, options, log):
     """Minimise the loss, in place; returns the validation of the weights that it leaves in the model."""
-    team, accumulate = log.team, options.accumulation_steps
+    team, accumulate = log.team, options.gradient_accumulation_steps
     if team.index:
         torch.manual_seed(options.seed + team.index)  # dropout's noise is each process's own
     steps = max(1, options.epochs * len(train_rows) // (options.batch_size * accumulate))

@@ -58,7 +58,7 @@ class WarpOptions(TaskOptions):
 
 def train_policy(task, init, sft, options, log, iteration, run):
     """T steps of REINFORCE from θ_init, run m of an iteration. init, sft, and θ^m, which it returns: {name: tensor}."""
-    policy, team, passes = task.policy, log.team, options.accumulation_steps
+    policy, team, passes = task.policy, log.team, options.gradient_accumulation_steps
     seed = options.seed * 1_000_003 + iteration * 1_009 + run  # another order and other samples for every run
     generator = torch.Generator().manual_seed(seed)
     set_weights(policy, init)  # θ^m ← θ_init

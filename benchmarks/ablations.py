@@ -45,7 +45,7 @@ from rlhf_min.support.options import option, parse_options
 from rlhf_min.support.precision import resolve_device
 from rlhf_min.support.runlog import git_commit
 
-SHARED = "lr seed batch_size accumulation_steps max_length temperature device precision max_grad_norm".split()
+SHARED = "lr seed batch_size gradient_accumulation_steps max_length temperature device precision max_grad_norm".split()
 ETAS = (0.25, 0.5, 0.75, 1.0)
 MUS, BETAS = (0.01, 0.05, 0.1, 0.5), (0.05, 0.1, 0.2)
 FEW = 200  # training pairs of the worse reward model; the usual one has 2,000

@@ -37,8 +37,8 @@ def sample_and_score(logits, temperature, uniform):
     logits: (V,); uniform: a tensor (1,) with a random number in [0, 1).
     """
     probs = (logits / temperature).softmax(-1)  # 1
-    cumulated = probs.cumsum(-1)  # 2
-    token = torch.searchsorted(cumulated, uniform).clamp(max=len(logits) - 1)  # 3: where the sum passes the number
+    cumulative = probs.cumsum(-1)  # 2
+    token = torch.searchsorted(cumulative, uniform).clamp(max=len(logits) - 1)  # 3: where the sum passes the number
     logprob = logits.log_softmax(-1)[token]  # 4
     return token, logprob  # 5
 

@@ -23,7 +23,8 @@ from .support.files import read_json, whole, write_json
 from .support.models import HEADS, base_of, find_model, get_weights, head_labels, is_adapter, is_head, load_plain_model
 from .support.options import TrainingOptions, option
 
-# queries and values of Llama, GPT-2, DistilBERT, BERT; Pythia, BLOOM, Falcon; Phi-3; MPT, ModernBERT; DeBERTa; T5
+# queries and values of Llama, GPT-2, DistilBERT, BERT; Pythia, BLOOM, Falcon; Phi-3; MPT, ModernBERT; DeBERTa; T5.
+# Where one matrix holds queries, keys and values (c_attn, query_key_value, qkv_proj, Wqkv), the keys train, too.
 TARGETS = """q_proj v_proj c_attn q_lin v_lin query value query_key_value qkv_proj Wqkv query_proj value_proj
 q v""".split()
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files

@@ -45,7 +45,7 @@ def load_policy(name, device, max_length):
 
 
 class Rollout(NamedTuple):
-    """Sampled answers, as token ids: they are scored as they are, never decoded and tokenised again."""
+    """Sampled answers, as token ids. Log-probs are those of these very ids; only judges read the decoded text."""
 
     tokens: torch.Tensor  # (B, P+T) prompt, answer, and pad after the first EOS
     attention_mask: torch.Tensor  # (B, P+T) True on prompt and answer
@@ -89,7 +89,7 @@ def uniform_numbers(count, length, generator):
 def sample(policy, prompts, uniform, temperature):
     """One answer to each prompt from π(· | x) = softmax(logits / temperature): no top-k, no top-p, no penalty.
 
-    Token t is the inverse of the cumulated distribution at the uniform number t. So an answer is a function of the
+    Token t is the inverse of the cumulative distribution at the uniform number t. So an answer is a function of the
     policy and of `uniform`, and two policies can be compared on the same random numbers.
 
     prompts: B lists of token ids; uniform: (B, max_length) in [0, 1). Prompt and answer together have at most
@@ -133,12 +133,12 @@ def decode(policy, tokens, attention_mask, uniform, room, temperature):
 
 
 def draw(probs, uniform):
-    """The token at which the cumulated distribution passes a uniform number: (B, V), (B, 1) → (B, 1).
+    """The token at which the cumulative distribution passes a uniform number: (B, V), (B, 1) → (B, 1).
 
     In float64: in float32 the sum over a large vocabulary would move the rare tokens.
     """
-    cumulated = probs.double().cumsum(-1)  # (B, V)
-    token = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)  # (B, 1)
+    cumulative = probs.double().cumsum(-1)  # (B, V)
+    token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (B, 1)
     return token.clamp(max=probs.shape[1] - 1)  # rounding must not lead out of the vocabulary
 
 

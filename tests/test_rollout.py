@@ -68,7 +68,7 @@ def answers(rollout):
 def brute_force(model, prompt, uniform):
     """An answer and its log π(y_t | x, y_<t), from the whole prefix anew for every token, up to its end or its room.
 
-    A token is the first v at which the cumulated probability exceeds u.
+    A token is the first v at which the cumulative probability exceeds u.
     """
     answer, logprobs = [], []
     for u in uniform[: len(uniform) - len(prompt)].tolist():

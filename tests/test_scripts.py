@@ -121,7 +121,7 @@ def answer_logprobs(model, weights, rollout, temperature):
 def reinforce_by_hand(task, model, start, base, sft, options, generator):
     """(θ, metrics of every step) of T steps of REINFORCE. θ, base and sft are plain tensors, {name: tensor}."""
     o = {"num_generations": 1, "sigma": "off", "baseline": "moving-average", "anchor": "sft", "mu": 0.0}
-    o = SimpleNamespace(**o | vars(options), answers=options.batch_size * options.accumulation_steps)
+    o = SimpleNamespace(**o | vars(options), answers=options.batch_size * options.gradient_accumulation_steps)
     theta = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
     ema, past, rows, k, limit = dict(start), [], [], o.num_generations, o.max_grad_norm or math.inf
     adam = torch.optim.AdamW(theta.values(), lr=o.lr, weight_decay=0.0)
@@ -168,7 +168,7 @@ def assert_metrics(metrics, expected):
 
 
 REINFORCE_ARMS = ["", "--max-grad-norm 0.5 --temperature 1.3", "--baseline leave-one-out --num-generations 4",
-                  "--sigma advantage --accumulation-steps 2", "--sigma penalty --num-generations 2",
+                  "--sigma advantage --gradient-accumulation-steps 2", "--sigma penalty --num-generations 2",
                   "--lora-r 2"]  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def warp_by_hand(task, options):
     return only(sft), merged, only(base), {name: only(theta) for name, theta in kept.items()}, rows
 
 
-WARP_ARMS = ["", "--merge linear --anchor sft --accumulation-steps 2", "--lora-r 2 --merge-by model",
+WARP_ARMS = ["", "--merge linear --anchor sft --gradient-accumulation-steps 2", "--lora-r 2 --merge-by model",
              "--runs 3 --iterations 1 --steps 3 --merge-by tensor --max-grad-norm 0.5"]  # fmt: skip
 
 
@@ -287,7 +287,7 @@ def train_rm_by_hand(model, train_rows, eval_rows, options):
         margins = torch.tensor([row[2] or 0.0 for row in rows], dtype=torch.float64) if options.margin else 0.0
         return pair_loss_by_hand(logits(rows, 0), logits(rows, 1), margins, options)
 
-    lines, validations, parts = [], [], options.accumulation_steps
+    lines, validations, parts = [], [], options.gradient_accumulation_steps
     batches = batches_by_hand(train_rows, options.batch_size, torch.Generator().manual_seed(options.seed))
     adam = torch.optim.AdamW(model.parameters(), weight_decay=options.weight_decay)
     steps = options.epochs * len(train_rows) // (options.batch_size * parts)
@@ -309,7 +309,8 @@ def train_rm_by_hand(model, train_rows, eval_rows, options):
     return weights, validation, lines
 
 
-RM_ARMS = ["--margin --accumulation-steps 2 --center-coefficient 0.1", "--head ordinal --ties half --weight-decay 0.1",
+RM_ARMS = ["--margin --gradient-accumulation-steps 2 --center-coefficient 0.1",
+           "--head ordinal --ties half --weight-decay 0.1",
            "--head ordinal --keep last --center-coefficient 0"]  # fmt: skip
 
 

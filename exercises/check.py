@@ -43,13 +43,19 @@ def verdict(number, module):
     file, solution = EXERCISES[number]
     try:
         said = getattr(checks, f"check_{number}")(module)
-    except NotImplementedError:
-        return False, f"Exercise {number} is still empty. Its task stands in exercises/{file}.py."
+    except NotImplementedError as error:
+        empty = traceback.extract_tb(error.__traceback__)[-1]
+        name = f", {empty.name}" if Path(empty.filename).stem == file else ""
+        return False, f"Exercise {number} is still empty. Its task stands in exercises/{file}.py{name}."
     except NotYet as wrong:
         end = "" if str(wrong)[-1] in ".?!" else "."
         return False, f"Exercise {number}, not yet: {wrong}{end}"
     except Exception as error:
         lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).stem == file]
+        if not lines and isinstance(error, (AttributeError, KeyError, TypeError, ValueError)):
+            slip = f"the check could not use your code ({type(error).__name__}: {error})"
+            needs = "Names, arguments and what is returned must be those of the docstring"
+            return False, f"Exercise {number}, not yet: {slip}. {needs}."
         if not lines:  # a defect of the check, not of the learner's code
             raise
         place = f"line {lines[-1].lineno} of {file}.py, `{lines[-1].line}`"

@@ -58,6 +58,10 @@ def must_refuse(function, arguments, hint):
         function(*arguments)
     except ValueError:
         return
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        raise NotYet(f"you raise {type(error).__name__} where a ValueError is due: {error}") from None
     raise NotYet(hint)
 
 

@@ -11,7 +11,7 @@ def answer_logprob(logits, tokens, mask):
         log π(y|x) = Σ_t mask_t log π(y_t | x, y_<t),      π = softmax(logits)
 
     logits: (B, P+T, V); tokens: (B, P+T); mask: bool (B, T), True on the tokens that count. So T is the width of the
-    mask, and the answer is the last T tokens of a row. Returns (B,).
+    mask, and the answer is the last T tokens of a row. Returns (B,). Keep the gradient.
 
     A number to start with: if all logits are 0, each of the V tokens has probability 1/V. An answer of 3 tokens then
     has log π = −3 log V.

@@ -12,6 +12,7 @@ def rating_mean_std(logits):
 
     logits: (B, K). Returns (E, σ), each (B,).
     A number to start with: for K = 10 and all logits 0, E = 5.5 and σ = √8.25 = 2.872.
+    Make it robust: σ must also be right where p is nearly sure of one rating.
     """
     raise NotImplementedError
 

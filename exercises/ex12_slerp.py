@@ -14,7 +14,8 @@ def slerp(a, b, lam):
     they are; only for Ω you need their directions.
 
     A number to start with: a = (1, 0), b = (0, 1), λ = ½ give (.7071, .7071).
-    Make it robust: where a and b have the same direction, or one of them is 0, return (1−λ) a + λ b, which is the limit
-    of the formula. Where they are opposite, raise a ValueError: no direction lies between them.
+    Make it robust: where a and b have the same direction, return (1−λ) a + λ b, the limit of the formula. Return it,
+    too, where one of them is 0 and has no direction. Where they are opposite, of whatever lengths, raise a ValueError:
+    no direction lies between them. float32 rounds, so an angle within .01 of π counts as opposite.
     """
     raise NotImplementedError

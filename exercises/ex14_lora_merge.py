@@ -22,7 +22,7 @@ def merged_weight(weight, A, B, alpha, transposed):
 def mean_change(adapters, alpha):
     """The mean of the changes (α/r) B A of several adapters, as one matrix (out, in).
 
-    adapters: a list of pairs (A, B), with A (r, in) and B (out, r).
+    adapters: a list of pairs (A, B), with A (r, in) and B (out, r), all of the same rank r.
     A question to think about first: is this the change that the mean of all A and the mean of all B would make?
     """
     raise NotImplementedError

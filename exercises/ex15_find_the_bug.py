@@ -38,7 +38,7 @@ def sample_and_score(logits, temperature, uniform):
     """
     probs = (logits / temperature).softmax(-1)  # 1
     cumulative = probs.cumsum(-1)  # 2
-    token = torch.searchsorted(cumulative, uniform).clamp(max=len(logits) - 1)  # 3: where the sum passes the number
+    token = torch.searchsorted(cumulative, uniform, right=True).clamp(max=len(logits) - 1)  # 3: where the sum passes it
     logprob = logits.log_softmax(-1)[token]  # 4
     return token, logprob  # 5
 

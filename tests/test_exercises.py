@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exercises"))
 import check
 import checks
 import compare
+import ex10_sigma
 import ex15_find_the_bug as bugs
 import pytest
 import torch
@@ -46,7 +47,7 @@ def completion_mask(tokens, eos_id, extra=1, missing=None):
 def answer_logprob(logits, tokens, mask, shift=1, first=0, normalise=True, reduce=lambda x, m: (x * m).sum(1)):
     width = mask.shape[1]
     start = tokens.shape[1] - width
-    scores = logits.softmax(2).log() if normalise else logits
+    scores = logits - logits.logsumexp(2, keepdim=True) if normalise else logits
     columns = []
     for t in range(first, width):
         columns.append(scores[:, start + t - shift].gather(1, tokens[:, start + t : start + t + 1])[:, 0])
@@ -131,16 +132,21 @@ def ema_in_place(ema, policy, mu):
     return ema
 
 
-def slerp(a, b, lam, robust=True, opposite=True):
-    """In the plane of a's direction and what is orthogonal to it."""
+def slerp(a, b, lam, robust=True, opposite=True, unit=True):
     lengths = a.norm() * b.norm()
-    cosine = torch.dot(a, b) / lengths
+    cosine = torch.dot(a, b) / lengths if unit else torch.dot(a, b).clamp(-1, 1)
     if robust and (lengths == 0 or cosine > 1 - 1e-6):
         return a + lam * (b - a)
-    if opposite and cosine < -1 + 1e-9:
+    if opposite and cosine < -1 + 1e-6:
         raise ValueError("opposite")
     omega = cosine.acos()
     return (torch.sin(omega - lam * omega) * a + torch.sin(lam * omega) * b) / omega.sin()
+
+
+def opposite_by_equality(a, b, lam):
+    if torch.equal(a, -b):
+        raise ValueError("opposite")
+    return slerp(a, b, lam, opposite=False)
 
 
 def merge(init, policies, slerp, lam=lambda m: 1 / m, task=1.0, back=1.0):
@@ -199,6 +205,11 @@ def test_an_empty_stub_is_one_friendly_line(number, capsys):
     assert f"Exercise {number} is still empty" in out and check.EXERCISES[number][0] in out
 
 
+def test_the_half_that_is_empty_is_named():
+    right, text = answer(10, bias_of_sigma_weight=ex10_sigma.bias_of_sigma_weight)
+    assert not right and "ex10_sigma.py, bias_of_sigma_weight." in text
+
+
 @pytest.mark.parametrize("number", RIGHT)
 def test_a_right_solution_of_another_style_passes(number):
     right, text = answer(number)
@@ -218,11 +229,15 @@ WRONG = [  # (exercise, function, wrong one, a word of the feedback)
     (1, changed(pairwise_loss, reduce=torch.sum), "add up the batch"),
     (1, changed(pairwise_loss, log_sigma=logsigmoid_by_parts), "∞ for large ones"),
     (1, changed(pairwise_loss, log_sigma=lambda x: (x.sigmoid() + 1e-4).log()), "1e-3 where 1e-6 is due"),
+    (1, changed(pairwise_loss, log_sigma=lambda x: (x.sigmoid() + 1e-8).log()), "an ε is added"),
     (1, changed(pairwise_loss, shapes=False), "without a ValueError"),
     (1, lambda w, v, m: pairwise_loss(w, v, m).item(), "a tensor is due"),
     (1, lambda w, v, m: pairwise_loss(w.detach(), v, m), "cuts the graph"),
     (2, changed(completion_mask, extra=0), "first EOS is missing"),
     (2, lambda tokens, eos: tokens != eos, "its *place*"),
+    (2, lambda tokens, eos: (tokens != eos) | ((tokens == eos).cumsum(1) == 1), "behind its end"),
+    (2, lambda tokens, eos: (tokens == eos).cumsum(1) < 2, "*second* EOS"),
+    (2, lambda tokens, eos: torch.nn.functional.pad(tokens[:, :-1] != eos, (1, 0), value=True), "one token back"),
     (2, changed(completion_mask, missing=0), "no token in your mask"),
     (2, changed(completion_mask, missing=1), "place of a maximum"),
     (2, lambda tokens, eos: torch.ones_like(tokens) > 0, "mask is"),
@@ -233,6 +248,8 @@ WRONG = [  # (exercise, function, wrong one, a word of the feedback)
     (3, changed(answer_logprob, reduce=lambda x, m: x.sum(1)), "mask has no effect"),
     (3, changed(answer_logprob, reduce=lambda x, m: (x * m).sum(1) / m.sum(1)), "mean over tokens"),
     (3, lambda *args: -answer_logprob(*args), "sign is wrong"),
+    (3, lambda logits, *args: answer_logprob(logits.softmax(2).log(), *args, normalise=False), "−∞ for an unlikely"),
+    (3, lambda logits, *args: answer_logprob(logits.detach(), *args), "has no gradient"),
     (3, lambda *args: answer_logprob(*args)[:, None], "shape (2, 1)"),
     (4, changed(reinforce_loss, sign=1), "sign is wrong"),
     (4, changed(reinforce_loss, batch=lambda mask: 1), "add up the batch"),
@@ -255,6 +272,7 @@ WRONG = [  # (exercise, function, wrong one, a word of the feedback)
     (6, lambda R: R - (R.sum() - R) / (R.numel() - 1), "whole batch"),
     (6, lambda R: R - leave_one_out(R), "this is the baseline"),
     (6, lambda R: R - (R.sum(1, keepdim=True) - R) / max(R.shape[1] - 1, 1), "k = 1 passes"),
+    (6, lambda R: leave_one_out(R) if R.shape[1] > 1 else 1 // 0, "raise ZeroDivisionError where"),
     (7, changed(kl_estimates, order=-1), "estimates −KL"),
     (7, changed(kl_estimates, half=1), "twice too large"),
     (7, changed(kl_estimates, s=1), "your sampler is the other distribution"),
@@ -270,11 +288,13 @@ WRONG = [  # (exercise, function, wrong one, a word of the feedback)
     (9, changed(ordinal_loss, allowed=lambda i, j: i >= j), "ties i = j count"),
     (9, changed(ordinal_loss, allowed=lambda i, j: i < j), "*worse* answer"),
     (9, changed(ordinal_loss, reduce=torch.sum), "add up the batch"),
-    (9, naive_ordinal_loss, "∞ for ±60"),
+    (9, naive_ordinal_loss, "∞ for ±400"),
+    (9, lambda w, v: naive_ordinal_loss(w.double(), v.double()), "∞ for ±400"),
     (9, changed(naive_ordinal_loss, epsilon=1e-8), "ε is added"),
     (10, changed(rating_mean_std, first=0), "begin at 0"),
     (10, changed(rating_mean_std, power=1), "this is the variance"),
     (10, changed(rating_mean_std, naive=True), "E[k²] − E²"),
+    (10, lambda logits: rating_mean_std(logits)[0], "could not use your code"),
     (11, lambda ema, policy, mu: ema_update(ema, policy, 1 - mu), "wrong way round"),
     (11, ema_in_place, "in place"),
     (11, changed(ema_update, detach=False), "gradient flows"),
@@ -285,10 +305,14 @@ WRONG = [  # (exercise, function, wrong one, a word of the feedback)
     (12, lambda a, b, lam: slerp(a / a.norm(), b / b.norm(), lam), "length is lost"),
     (12, changed(slerp, robust=False), "NaN where"),
     (12, changed(slerp, opposite=False), "opposite vectors pass"),
+    (12, opposite_by_equality, "opposite vectors pass"),
+    (12, changed(slerp, unit=False), "Is your Ω that of a/|a|"),
     (13, changed(merge, task=0.0, back=0.0), "weights themselves"),
     (13, changed(merge, back=0.0), "θ_init is missing"),
     (13, changed(merge, lam=lambda m: 0.5), "½ at every fold"),
     (13, changed(merge, lam=lambda m: 1 - 1 / m), "two thirds"),
+    (13, changed(merge, lam=lambda m: 1 / (m + 1)), "off by one"),
+    (13, lambda init, policies, slerp: merge(init, policies, slerp) if policies[1:] else policies[0], "a new tensor"),
     (13, lambda init, policies, slerp: merge(init, policies[::-1], slerp), "last policy"),
     (13, lambda init, policies, slerp: merge(init, policies[:2], slerp), "no part"),
     (13, lambda init, policies, slerp: torch.stack(policies).mean(0), "mean of the task vectors"),
@@ -302,7 +326,7 @@ WRONG = [  # (exercise, function, wrong one, a word of the feedback)
 
 WRONG = [(number, FUNCTIONS[number - 1].__name__, wrong, words) for number, wrong, words in WRONG]
 WRONG += [  # of exercises with two parts, the second one
-    (7, "GRADIENT_OF", {"k1": "", "k2": "", "k3": ""}, "Now choose"),
+    (7, "GRADIENT_OF", {"k1": "Nothing", "k2": "KL(pi || ref)", "k3": ""}, "Now choose GRADIENT_OF['k2']"),
     (7, "GRADIENT_OF", RIGHT_NAMES | {"k1": "KL(π ‖ π_ref)"}, "your gradient does not depend on the reference"),
     (7, "GRADIENT_OF", RIGHT_NAMES | {"k3": "KL(π ‖ π_ref)"}, "the expected gradient of k3"),
     (10, "bias_of_sigma_weight", changed(bias_of_sigma_weight, sign=1), "sign is wrong"),

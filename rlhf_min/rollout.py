@@ -5,7 +5,7 @@ B prompts are padded on the left to P tokens. An answer has at most T tokens. `t
     pad pad  x   x   x  │  y   y  EOS pad pad       attention_mask is True on x and y,
     x   x    x   x   x  │  y   y   y   y  EOS       mask (B, T) on y, the first EOS included
 
-An answer is what TRL calls a completion. Names shared with TRL keep TRL's word.
+An answer is what TRL calls a completion. `max_length` counts the prompt, too, unlike TRL's max_completion_length.
 """
 
 from typing import NamedTuple

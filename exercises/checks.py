@@ -446,7 +446,7 @@ def check_12(x):
         u = numbers(50, seed=seed).float()
         for place, v, w in (("a and b have one direction", u, 3 * u), ("b is 0", u, zero), ("a is 0", zero, u)):
             hint = f"NaN where {place}: 0/0, or the arccos of a cosine that rounds to above 1"
-            same(walk(v, w, 0.25, 0), 0.75 * v + 0.25 * w, [(lost, hint)], f"where {place}, your point")
+            same(x.slerp(v, w, 0.25), 0.75 * v + 0.25 * w, [(lost, hint)], f"where {place}, your point")
         hint = "right, but opposite vectors pass without a ValueError. The angle of −u and 3u rounds to about π"
         must_refuse(x.slerp, (-u, 3 * u, 0.5), hint)
 

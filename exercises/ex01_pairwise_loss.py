@@ -10,8 +10,8 @@ def pairwise_loss(chosen, rejected, margin):
 
         L = mean_B [ −log σ(r_w − r_l − margin) ],      σ(x) = 1 / (1 + e^(−x))
 
-    chosen holds r_w, rejected holds r_l. All three arguments are tensors (B,), a
-    number for each of B pairs. Returns a scalar tensor.
+    chosen holds r_w, rejected holds r_l. All three arguments are tensors (B,), a number for each of B pairs. Returns a
+    scalar tensor.
 
     A number to start with: r_w = 3, r_l = 2, margin = 1 give −log σ(0) = log 2 = .693.
     Make it robust: rewards may be as large as 1000, and a chosen of shape (B, 1) must raise a ValueError. Without that,

@@ -15,7 +15,6 @@ def ordinal_loss(chosen_logits, rejected_logits):
 
     A number to start with: for K = 10 and all logits 0, 45 of 100 pairs have i > j, so L = −log .45 = .7985.
     Make it robust: with logits such as ±400 the products are e^(−800) and less, which is 0 even in float64, and both
-    the loss and its gradient must still be right.
-    Stay in log space from the first line to the last.
+    the loss and its gradient must still be right. Stay in log space from the first line to the last.
     """
     raise NotImplementedError

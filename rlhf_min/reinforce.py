@@ -16,8 +16,8 @@ def shaped_reward(reward, kl, beta):
     """R = r − β · kl, (B,) × 2 → (B,), detached (eq. 3).
 
     With d = log π − log π_ref, KL = E[d] and ∇ KL = E[d ∇ log π] + E[∇ log π]. The second expectation is 0. So the
-    whole gradient comes through E[R ∇ log π]. If R were not detached, the step along −R log π would also follow
-    −log π ∇R = β log π ∇ log π, on average β ∇(entropy of π): a bonus that nobody asked for.
+    whole gradient comes through E[R ∇ log π]. If R were not detached, a step down −R log π would also follow
+    log π ∇R = −β log π ∇ log π, on average β ∇(entropy of π): a bonus that nobody asked for.
     """
     return (reward - beta * kl).detach()
 

@@ -6,8 +6,8 @@
 
 A result file holds the command, the commit, the machine and the rows of an experiment. A table stands in a document
 between <!-- results FUNCTION NAME --> and <!-- end -->; FUNCTION is one of TABLES, or the name of a table that the run
-itself printed; NAME is the result file that it reads. Behind a colon may stand the columns to show of a printed table.
-A test fails where a document says something else than its results.
+itself printed; NAME is the result file that it reads. Behind a colon may stand the columns to show of a printed table,
+or the policies whose samples to show. A test fails where a document says something else than its results.
 """
 
 import functools
@@ -284,12 +284,14 @@ def clipping(results):
     return format_table(rows)
 
 
-def samples(results):
-    """Prompts and answers, before and after or of several policies, of the first run that has some."""
+def samples(results, columns=()):
+    """Prompts and how the answers begin, before and after or of these policies, of the first run that has some."""
     rows = [row for row in results if row["table"] == "samples"]
     texts = [{Path(key).name: row[key] for key in row if key not in ("run", "seed", "table")}
              for row in rows if row["run"] == rows[0]["run"]]  # fmt: skip
-    return "```\n" + "\n\n".join(map(format_sample, texts)) + "\n```"
+    texts = [{name: row[name] for name in ("prompt", *columns)} if columns else row for row in texts]
+    lines = "\n\n".join(map(format_sample, texts)).splitlines()
+    return "```\n" + "\n".join(line if len(line) <= 250 else line[:249] + "…" for line in lines) + "\n```"
 
 
 TABLES = {function.__name__: function for function in
@@ -301,9 +303,9 @@ def filled(text):
     """A document with its tables as the results have them."""
 
     def table(block):
-        columns = block[4].split(", ") if block[4] else ()
-        make = TABLES.get(block[2]) or functools.partial(printed, tables=[block[2]], columns=columns)
-        return block[1] + make(read_results(block[3])["rows"]) + block[5]
+        make = TABLES.get(block[2]) or functools.partial(printed, tables=[block[2]])
+        columns = {"columns": block[4].split(", ")} if block[4] else {}
+        return block[1] + make(read_results(block[3])["rows"], **columns) + block[5]
 
     return BLOCK.sub(table, text)
 

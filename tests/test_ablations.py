@@ -129,14 +129,16 @@ def test_result_files_of_finished_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(documents, "ROOT", tmp_path)
     (tmp_path / "docs/results").mkdir(parents=True)
     points, model = [{"eta": 0.5, "kl": 1.0, "kl_se": 0.1}, {"eta": 1.0, "kl": 2.0, "kl_se": 0.2}], {"kl": 1.5}
-    sample = {"prompt": "The film", "before": " was dull.", "after": " was\ngreat."}
+    sample = {"prompt": "The film", "before": " was dull.", "after": " was\ngreat" + 300 * "!"}
     lines = [{"step": 1, "kl": 0.0}, {"step": 2, "kl": 0.3, "eval_kl": 0.25, "samples": [{}]}]
     write_run(tmp_path / "a", {"front": points, "model": model, "samples": [sample], "mu_T": 1.0}, lines)
     documents.collect("one", [str(tmp_path / "a")])
     results = documents.read_results("one")
     assert (results["command"], results["commits"], results["seeds"]) == (["python train_warp.py --lr 1"], ["c1"], [7])
     assert documents.front(results["rows"]) == documents.format_table([*points, {"eta": "model/", **model}])
-    assert documents.samples(results["rows"]).splitlines()[3] == "after   was great."
+    shown = ["```", "prompt  The film", "after   was great" + 232 * "!" + "…", "```"]  # cut to 250 characters
+    assert documents.samples(results["rows"], ["after"]).splitlines() == shown
+    assert documents.samples(results["rows"]).splitlines() == [*shown[:2], "before  was dull.", *shown[2:]]
     assert documents.printed(results["rows"], ["summary"]) == documents.format_table(
         [{"mu_T": 1.0, "wall_seconds": 3.0}]
     )

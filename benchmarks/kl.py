@@ -1,4 +1,4 @@
-"""One line changed, eight outcomes: where the KL term goes, and what it then does. On the embedded world, over seeds.
+"""One line changed, eight forms: where the KL term goes, and what it then does. On the embedded world, over seeds.
 
     python benchmarks/kl.py --out runs/kl            # half an hour on two cores; goes on where it stopped
 

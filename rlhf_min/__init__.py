@@ -1,1 +1,1 @@
-"""rlhf_min: reward models, REINFORCE and WARP from scratch, to read in an evening and to run on a laptop."""
+"""rlhf_min: reward models, REINFORCE and WARP from scratch, to read in two evenings and to run on a laptop."""

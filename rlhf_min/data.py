@@ -120,10 +120,8 @@ def load_pairs(source, margin=False, columns=()):
         if margin and ("chosen" not in row or row.get("margin") is None):
             raise ValueError("a pair with a field 'margin' is needed; add the field or leave out --margin")
         if "label" not in row or "chosen" in row:
-            if verdict := next((name for name in row if name.lower() in VERDICTS), None):
-                raise ValueError(
-                    f"field '{verdict}' would not be read; if 'chosen' is the better one, --columns ={verdict}"
-                )
+            if key := next((name for name in row if name.lower() in VERDICTS), None):
+                raise ValueError(f"field '{key}' would not be read; if 'chosen' is the better one, --columns ={key}")
             return pair_of_row(row)
         text = text_of(row, "text", PAIR_NEEDS)
         check_all_is_read(row, ("text", "label"))

@@ -127,7 +127,7 @@ def judge_policy(policy, tokenizer, prompts, judges, options, reference=None, re
         uniform = uniform_numbers(len(batch), options.max_length, generator)  # (B, max_length)
         with autocast(policy.device, options.precision):
             rollout = sample(policy, [prompt.tokens for prompt in batch], uniform, options.temperature)
-        if reference is not None:  # in float32: bfloat16 rounds away the very difference that KL measures
+        if reference is not None:  # no autocast: bfloat16 rounds away the very difference that KL measures
             logits = completion_logits(policy, rollout, options.temperature)  # (B, T, V)
             with lora_disabled(reference):
                 ref_logits = completion_logits(reference, rollout, options.temperature, reference_weights)  # (B, T, V)

@@ -23,10 +23,9 @@ from .support.files import read_json, whole, write_json
 from .support.models import HEADS, base_of, find_model, get_weights, head_labels, is_adapter, is_head, load_plain_model
 from .support.options import TrainingOptions, option
 
-# queries and values of Llama, GPT-2, DistilBERT, BERT; Pythia, BLOOM, Falcon; Phi-3; MPT, ModernBERT; DeBERTa; T5.
+# queries and values of Llama, GPT-2, DistilBERT, BERT; Pythia, BLOOM, Falcon; Phi-3; MPT, ModernBERT; DeBERTa.
 # Where one matrix holds queries, keys and values (c_attn, query_key_value, qkv_proj, Wqkv), the keys train, too.
-TARGETS = """q_proj v_proj c_attn q_lin v_lin query value query_key_value qkv_proj Wqkv query_proj value_proj
-q v""".split()
+TARGETS = "q_proj v_proj c_attn q_lin v_lin query value query_key_value qkv_proj Wqkv query_proj value_proj".split()
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")
 
@@ -171,7 +170,7 @@ def set_adapters(model, start, end, rank):
         layer.lora_A, layer.lora_B, layer.scale = nn.Parameter(a), nn.Parameter(b), 1.0
 
 
-# Files: plain LoRA only. Its variants compute something else.
+# Files: plain LoRA, and rsLoRA when read. Other variants compute something else.
 
 
 def save_adapter(model, folder, tokenizer):

@@ -257,14 +257,13 @@ def test_an_unknown_target_is_named_beside_what_there_is(target):
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
 DEFAULTS = {family: ["query_key_value"] for family in ("GPTNeoX", "Bloom", "Falcon")}
-DEFAULTS |= {"Phi3": ["qkv_proj"], "Mpt": ["Wqkv"], "ModernBert": ["Wqkv"], "T5": ["q", "v"]}
+DEFAULTS |= {"Phi3": ["qkv_proj"], "Mpt": ["Wqkv"], "ModernBert": ["Wqkv"]}
 
 
 @pytest.mark.parametrize("family", DEFAULTS)
 def test_default_targets_of_families(family):
     """Queries and values get adapters without being named; all-linear names every linear module but a head."""
     sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 20} if family == "Mpt" else SIZES
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2} if family == "T5" else sizes
     sizes |= {"pad_token_id": 0} if family in ("Phi3", "ModernBert") else {}
     model = AutoModel.from_config(getattr(transformers, f"{family}Config")(**sizes))
     every = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -15,7 +15,7 @@ import yaml
 from .errors import UserError, first_line
 from .files import read_json
 
-# these may change on resume: they do not change the result
+# these may change on resume: the computation stays the same, though another device rounds differently
 FREE = ("out", "device", "resume", "save_every", "report_to", "accept_weak")
 
 

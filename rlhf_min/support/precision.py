@@ -1,4 +1,4 @@
-"""Devices, mixed precision and the optimizer step: the only module that knows about autocast and GradScaler."""
+"""Devices, mixed precision and the optimizer step."""
 
 import ctypes
 import math

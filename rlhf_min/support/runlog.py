@@ -31,9 +31,8 @@ def reporter(name, folder, team, options):
     if name == "wandb":
         import wandb
 
-        wandb.init(
-            project="rlhf_min", name=f"{folder.name} {team}".strip(), dir=folder, config=dataclasses.asdict(options)
-        )
+        run = f"{folder.name} {team}".strip()
+        wandb.init(project="rlhf_min", name=run, dir=folder, config=dataclasses.asdict(options))
         return lambda metrics, step: wandb.log(metrics, step=step)
     from torch.utils.tensorboard import SummaryWriter
 

@@ -2,8 +2,7 @@
 
     pip install -e '.[test]' -e '.[bench]' -e '.[plots]'
     python benchmarks/gpu.py --out runs/gpu --seconds 540
-    python benchmarks/gpu.py --out runs/gpu-experiments --stages experiments --seconds 540    # both reports
-    python benchmarks/gpu.py --out runs/gpu-toy --device cpu --toy                            # a rehearsal, minutes
+    python benchmarks/gpu.py --out runs/gpu-toy --device cpu --toy       # a rehearsal, minutes
 
 The stages run in the order of their worth, each in a process of its own with its own limit. A stage that would not fit
 into the seconds that are left is skipped. What is done is kept: `results.jsonl` (a row a line), `curves.jsonl` and
@@ -44,14 +43,6 @@ from rlhf_min.support.precision import autocast, resolve_device
 ROOT = Path(__file__).resolve().parents[1]
 TOY = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 256}  # a rehearsal's GPT-2
 CUDA_TESTS = ["tests/test_cuda.py", "tests/test_gpu_step.py", "tests/test_rollout.py", "tests/test_lora.py"]
-EXPERIMENTS = {  # name: command; each goes on where it was stopped
-    "smollm2-scalar": "train_rm.py --config configs/smollm2_rm.yaml",
-    "smollm2-ordinal": "train_rm.py --config configs/smollm2_rm.yaml --head ordinal --out runs/smollm2/ordinal",
-    "smollm2-level1": "train_reinforce.py --config configs/smollm2_reinforce.yaml",
-    "smollm2-level2": "train_reinforce.py --config configs/smollm2_reinforce.yaml --reward-model runs/smollm2/ordinal "
-                      "--out runs/smollm2/level2",
-    "imdb-warp": "train_warp.py --config configs/imdb_warp.yaml",
-}  # fmt: skip
 
 
 def synchronize(options):
@@ -257,19 +248,6 @@ def nccl(options):
     dist.destroy_process_group()
 
 
-def experiments(options):
-    """What only a GPU makes cheap; each run leaves its summary.json under its name."""
-    for name, command in EXPERIMENTS.items():
-        out = options.out / "runs" / name
-        words = [sys.executable, *command.split(), "--out", str(out), "--resume", "--device", options.device]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-        print(done.stdout[-3000:], done.stderr[-1000:])
-        summary = out / "summary.json"
-        if summary.exists():
-            (options.out / f"{name}.json").write_bytes(summary.read_bytes())
-        yield {"row": name, "exit code": done.returncode} | ({} if summary.exists() else {"failed": done.stderr[-200:]})
-
-
 STAGES = {  # name: (what it does, its limit in seconds), in the order of their worth
     "facts": (facts, 25),
     "right": (right, 70),
@@ -285,7 +263,6 @@ STAGES = {  # name: (what it does, its limit in seconds), in the order of their 
     "merge": (speed_rows("merge"), 30),
     "nccl": (nccl, 25),
     "compiled": (ablations("graph", "graph, compiled step"), 180),  # Inductor takes a minute or two
-    "experiments": (experiments, 540),
 }
 
 
@@ -317,7 +294,7 @@ class GpuOptions(RunOptions):
     script: ClassVar[str] = "benchmarks/gpu.py"
 
     seconds: int = option(540, "for all stages together", low=1)
-    stages: list = option([name for name in STAGES if name != "experiments"], f"of {', '.join(STAGES)}")
+    stages: list = option(list(STAGES), f"of {', '.join(STAGES)}")
     toy: bool = option(False, "tiny models: a rehearsal")
     stage: str = option("", "used by the command itself: this stage, in this process")
 

@@ -86,7 +86,7 @@ def agreement(reward_w, reward_l, ratings):
     rating = torch.tensor(ratings).double()  # (N, 2)
     gap = (rating[:, 0] - rating[:, 1]).abs()  # (N,)
     for name, chosen in {"gap < 1": gap < 1, "gap 1 to 2": (gap >= 1) & (gap < 2), "gap ≥ 2": gap >= 2}.items():
-        row |= named(f"accuracy, {name}", right[chosen]) if chosen.any() else {}
+        row |= named(f"accuracy at {name}", right[chosen]) if chosen.any() else {}
     return row | {"spearman": spearman(torch.cat([reward_w, reward_l]), rating.T.flatten())}
 
 

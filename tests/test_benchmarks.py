@@ -58,7 +58,7 @@ def test_a_scalar_reward_model_is_measured(tiny_tokenizer):
     # chosen, then rejected: rewards 1 0 0 0 2 0 have ranks 5 2½ 2½ 2½ 6 2½; ratings 9 4 6 3 7 5 have ranks 6 2 4 1 5 3
     assert row["spearman"] == pytest.approx(spearman(tensor(5, 2.5, 2.5, 2.5, 6, 2.5), tensor(6, 2, 4, 1, 5, 3)))
     assert "sigma" not in row and "spearman" not in measured(tiny_tokenizer, logits, answers, None)
-    gaps = [row.get(f"accuracy, gap {name}") for name in ("≥ 2", "1 to 2", "< 1")]  # of 6 and 3; of 1; of none
+    gaps = [row.get(f"accuracy at gap {name}") for name in ("≥ 2", "1 to 2", "< 1")]  # of 6 and 3; of 1; of none
     assert gaps == [0.5, 0.0, None]
 
 

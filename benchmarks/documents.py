@@ -31,7 +31,7 @@ from rlhf_min.support.files import read_json
 from rlhf_min.support.plots import draw, plot_front
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(<!-- results (\w+) (\w+)(?:: (.*?))? -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results (\w+) (\w+)(?:: (.*?))? -->\n\n)(?:.*?\n\n)??(<!-- end -->)", re.DOTALL)
 NATS = (1.0, 2.0)  # where fronts are compared
 WIDE = 4.0  # nats; between points of a front that are further apart no value is read
 START, NOTHING = "θ_sft", (math.nan,) * 5
@@ -305,7 +305,7 @@ def filled(text):
     def table(block):
         make = TABLES.get(block[2]) or functools.partial(printed, tables=[block[2]])
         columns = {"columns": block[4].split(", ")} if block[4] else {}
-        return block[1] + make(read_results(block[3])["rows"], **columns) + block[5]
+        return block[1] + make(read_results(block[3])["rows"], **columns) + "\n\n" + block[5]
 
     return BLOCK.sub(table, text)
 

@@ -110,8 +110,10 @@ def test_documents_show_their_results():
         found += len(documents.BLOCK.findall(text))
         assert documents.filled(text) == text, f"{path.name}: run python benchmarks/documents.py"
     assert found >= 2
-    text = "<!-- results differences ablations -->\n\nold\n\n<!-- end -->"
-    assert documents.filled(text) != text
+    empty = "<!-- results differences ablations -->\n\n<!-- end -->"
+    old = empty.replace("<!-- end", "old\n\n<!-- end")
+    new = documents.filled(old)
+    assert new != old and documents.filled(empty + "\n\ntext\n\n" + old) == new + "\n\ntext\n\n" + new
 
 
 def write_run(folder, summary, lines=()):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from rlhf_min.lora import add_lora, lora_disabled, lora_layers
 from rlhf_min.rollout import decode, draw, uniform_numbers
@@ -61,10 +63,11 @@ def test_another_model_takes_the_place_of_the_first():
     assert {key[4] for key in gpu_step.STEPS} == {id(next(second.parameters()))}
 
 
-def test_in_autocast_the_copies_are_of_its_dtype(monkeypatch):
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_in_autocast_weights_keys_and_values_are_of_its_dtype(family, monkeypatch):
     """Matrix products have weights in bfloat16, the rest stays; probabilities are the plain loop's but for rounding."""
-    policy = build().float()
-    add_lora(policy, 2, 8)
+    policy = build(family).float()
+    add_lora(policy, 2, 8, target_modules=[TARGETS[family]])
     policy.generation_config.eos_token_id, caches, take = [99], [], gpu_step.Step.write
     write = lambda step, logits: caches.append(torch.is_autocast_cache_enabled()) or take(step, logits)
     monkeypatch.setattr(gpu_step.Step, "write", write)
@@ -72,11 +75,13 @@ def test_in_autocast_the_copies_are_of_its_dtype(monkeypatch):
         (_, expected), (_, probs) = both(policy, prompts=PROMPTS[:1], max_length=5)
     assert (expected - probs).abs().max() < 0.03
     (step,) = gpu_step.STEPS.values()
-    assert step.model.transformer.h[0].mlp.c_fc.weight.dtype == step.model.lm_head.weight.dtype == torch.bfloat16
-    assert step.model.transformer.h[0].attn.c_attn.bias.dtype == torch.bfloat16
+    layers = [layer for layer in step.model.modules() if isinstance(layer, nn.Linear | Conv1D)]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    halves = [*step.keys, *step.values, *(layer.weight for layer in layers), *biases]
+    assert len(layers) > 2 and {tensor.dtype for tensor in halves} == {torch.bfloat16}
     # twice to warm up, the prompt, recorded: a graph must not read such a cache
     assert caches == [False, False, True, False]
-    assert step.model.transformer.wte.weight is policy.transformer.wte.weight
+    assert step.model.get_input_embeddings().weight is policy.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("family, why", [("mamba", "no keys and values"), ("bloom", ""), ("openai-gpt", "")])

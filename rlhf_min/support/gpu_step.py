@@ -29,8 +29,8 @@ def one_token_attention(module, query, key, value, attention_mask, scaling=None,
     window = kwargs.get("sliding_window") or key.shape[2]
     if window < key.shape[2] or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise ValueError("the model's attention is not the plain one")
-    rows = query.reshape(len(query), key.shape[1], -1, query.shape[3])  # (B, key heads, heads per key head, d)
-    values = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask.to(rows.dtype), scale=scaling)
+    rows = query.to(key.dtype).reshape(len(query), key.shape[1], -1, query.shape[3])  # (B, key heads, heads of each, d)
+    values = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
     return values.reshape(len(query), 1, query.shape[1], -1), None
 
 
@@ -57,8 +57,8 @@ class Step:
         full = lambda value, *shape, dtype=torch.long: torch.full(shape, value, dtype=dtype, device=device)
         self.tokens, self.uniform = full(0, count, length), full(0.5, count, length, dtype=torch.float64)  # (B, L) × 2
         self.mask = full(0.0, count, 1, 1, length, dtype=dtype)  # (B, 1, 1, L), 0 or −∞
-        self.pads, self.end, self.going = full(0, count, 1), full(length, count, 1), full(True, count, 1, dtype=None)
-        self.slot, self.steps, self.keys, self.values = full(0, 1), full(0, 1), [], []
+        self.pads, self.end = full(0, count, 1), full(length, count, 1)  # (B, 1) × 2: padding, slot behind the answer
+        self.slot, self.keys, self.values = full(0, 1), [], []  # keys and values in the mask's dtype, too
         self.eos, self.pad = torch.tensor(config.eos_token_id, device=device), config.pad_token_id
         self.temperature, self.draw = temperature, draw
         for _ in range(2):  # what first calls allocate, or compile, must not be recorded
@@ -71,11 +71,12 @@ class Step:
 
     def update(self, keys, values, layer, *args, **kwargs):
         """For transformers' attention this is the cache: (B, key heads, 1, d) × 2 → (B, key heads, L, d) × 2."""
-        if layer == len(self.keys):
-            length = self.tokens.shape[1]
-            self.keys.append(keys.new_zeros(*keys.shape[:2], length, keys.shape[3]))
-            self.values.append(values.new_zeros(*values.shape[:2], length, values.shape[3]))
-        return self.keys[layer].index_copy_(2, self.slot, keys), self.values[layer].index_copy_(2, self.slot, values)
+        both = []
+        for caches, new in (self.keys, keys), (self.values, values):
+            if layer == len(caches):
+                caches.append(self.mask.new_zeros(*new.shape[:2], self.tokens.shape[1], new.shape[3]))
+            both.append(caches[layer].index_copy_(2, self.slot, new.to(self.mask.dtype)))
+        return both
 
     def get_seq_length(self, layer=0):
         """Positions and mask are given, so nobody needs to know."""
@@ -93,12 +94,12 @@ class Step:
     def write(self, logits):
         """Write a token for each row that goes on, as rollout.decode does: (B, 1, V) → their probabilities (B, V)."""
         self.slot += 1
-        self.steps += self.going.any()
+        going = self.slot < self.end  # (B, 1)
         probs = (logits[:, -1].float() / self.temperature).softmax(-1)  # (B, V)
-        token = self.draw(probs, self.uniform.index_select(1, self.slot)).masked_fill(~self.going, self.pad)  # (B, 1)
+        token = self.draw(probs, self.uniform.index_select(1, self.slot)).masked_fill(~going, self.pad)  # (B, 1)
         self.tokens.index_copy_(1, self.slot, token)
         self.mask.index_fill_(-1, self.slot, 0.0)
-        self.going &= ~torch.isin(token, self.eos) & (self.slot + 1 < self.end)
+        self.end.copy_(torch.where(going & torch.isin(token, self.eos), self.slot + 1, self.end))
         return probs
 
     def begin(self, policy, prompts, attention_mask, uniform, room):
@@ -112,8 +113,6 @@ class Step:
         self.uniform[:, width : width + uniform.shape[1]] = uniform[:, : self.uniform.shape[1] - width]
         self.pads.copy_(width - attention_mask.sum(-1, keepdim=True))
         self.end.copy_(width + room)
-        self.going.fill_(True)
-        self.steps.zero_()
         self.slot.fill_(width - 1)
         cache = DynamicCache(config=policy.config)
         inputs = {"attention_mask": attention_mask, "position_ids": positions(attention_mask), "logits_to_keep": 1}
@@ -140,7 +139,7 @@ def decode(policy, prompts, attention_mask, uniform, room, temperature, draw):
         step = STEPS[key]
         probs = step.begin(policy, prompts, attention_mask, uniform, room)
         for t in range(1, steps):
-            if t % 8 == 1 and not step.going.any():  # a question to the GPU, whose answer is waited for
+            if t % 8 == 1 and step.slot + 1 >= step.end.max():  # a question to the GPU, whose answer is waited for
                 break
             step.graph.replay() if prompts.is_cuda else step.take()
             probs = step.probs
@@ -151,7 +150,7 @@ def decode(policy, prompts, attention_mask, uniform, room, temperature, draw):
         REFUSED[key] = first_line(error)
         print(f"no CUDA graph of a step, so sampling is slower: {REFUSED[key]}", file=sys.stderr)
         return None
-    return step.tokens[:, : width + int(step.steps)].clone(), probs
+    return step.tokens[:, : int(step.end.max())].clone(), probs
 
 
 def check(policy, step, attention_mask):

@@ -12,7 +12,8 @@ The algorithm:
         (2)  θ ← Opt(θ, A ∇ log π_θ(y|x)),      b ← the mean of all R so far
 
 Unlike in PPO there is no critic, an answer's tokens share one advantage, and a batch makes one step. The mathematics is
-in rlhf_min/reinforce.py. Compare train_policy here and in train_warp.py: the difference is WARP.
+in rlhf_min/reinforce.py. Compare train_policy here and in train_warp.py: but for σ, RLOO and --keep, all that differs
+is WARP.
 """
 
 from dataclasses import dataclass

@@ -13,6 +13,7 @@ The algorithm, for pairs of a chosen answer w and a rejected answer l to one pro
         (3)  θ  ←  Opt(θ, ∇L)
     every --eval-every steps: accuracy and loss on pairs that are held out
 
+r is one logit. An ordinal head has ten, a distribution over the ratings with the mean E; c is --center-coefficient.
 The base is any model that transformers can put a classification head on. data.encode_answer writes prompt and answer as
 token ids, in training as in scoring, so the model is trained on what it will judge.
 """
@@ -52,7 +53,7 @@ class RewardModelOptions(LoRAOptions):
     eval_fraction: float = option(0.1, "share of --data to validate on without --eval-data", low=0.01, high=0.9)
     base: str = option(toy.POLICY, "model that gets the head: a run folder, a transformers folder or a hub name")
     head: str = option("scalar", "one reward, or the ratings 1 to 10", choices=["scalar", "ordinal"])
-    ties: str = option("strict", "equal ratings are an error of an ordinal head, or half", choices=["strict", "half"])
+    ties: str = option("strict", "what equal ratings count as: an error, or half of one", choices=["strict", "half"])
     margin: bool = option(False, "the pairs have a field 'margin', which a scalar head's difference must exceed")
     lr: float = option(1e-3, "AdamW learning rate after the warm-up; decays linearly to 0", low=0)
     warmup_steps: int = option(10, "optimizer steps of linear warm-up", low=0)

@@ -58,7 +58,7 @@ class TaskOptions(SamplingOptions, LoRAOptions):
 
 
 class Task(NamedTuple):
-    """What a policy is trained on: itself, its judges, one of which is named `reward`, and prompts."""
+    """What a training needs: the policy, its judges (`reward` trains it, the others watch), and prompts."""
 
     policy: nn.Module
     tokenizer: object

@@ -90,8 +90,8 @@ def lora_layers(model):
 def add_lora(model, r, alpha, dropout=0.0, target_modules=None):
     """Give an adapter of rank r to every module whose last name is one of `target_modules`, and freeze the rest.
 
-    In place. A classifier's head goes on training. TARGETS are the modules by default. The model computes what it did
-    before. Returns the model. UserError where a name fits no linear module.
+    In place. A classifier's head goes on training. By default the modules are TARGETS. As B = 0, the model computes
+    what it did before. Returns the model. UserError where a name fits no linear module.
     """
     named = dict(model.named_parameters())  # without a tied lm_head, whose W is the embedding's
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
@@ -127,7 +127,7 @@ def merge_lora(model):
 
 @contextlib.contextmanager
 def lora_disabled(model):
-    """`with lora_disabled(policy):` the policy is its own reference, W without ΔW. No second copy of it is held."""
+    """`with lora_disabled(policy):` W without ΔW. So the policy is the reference, too, and no second model is held."""
     layers = lora_layers(model).values()
     try:
         for layer in layers:

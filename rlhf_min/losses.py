@@ -11,9 +11,9 @@ def pairwise_loss(chosen, rejected, margin=None, center_coefficient=0.0):
 
         L = mean_B [ −log σ(r_w − r_l − margin) + c · (r_w + r_l)² ]
 
-    The second term (c = `center_coefficient`) fixes the constant that the first leaves free: only the difference of two
-    rewards enters it. Sources: Back to Basics (2402.14740) eq. 1; margin: Llama 2 (2307.09288); centering: Helping or
-    Herding (2312.09244) eq. 2.
+    Only the difference of two rewards enters the first term, which leaves a constant free. The second term (c =
+    `center_coefficient`) fixes it. Sources: Back to Basics (2402.14740) eq. 1; margin: Llama 2 (2307.09288); centering:
+    Helping or Herding (2312.09244) eq. 2.
 
     chosen, rejected: r_w and r_l, (B,), in nats; margin: (B,). Returns a scalar. Raises ValueError for other shapes:
     a (B, 1) reward against a (B,) margin would broadcast to (B, B) without a word.
@@ -48,7 +48,7 @@ def preference_logprob(chosen_logits, rejected_logits, ties="strict"):
     if ties == "strict":
         return (logp_w[:, 1:] + log_cdf[:, :-1]).logsumexp(-1)  # (B,)
     if ties == "half":
-        # log 2 · ½ [F_l(i−1) + F_l(i)] = log [F_l(i−1) + F_l(i)], whose first is F_l(1)
+        # log [F_l(i−1) + F_l(i)], which is log F_l(1) for i = 1; the ½ is the − log 2 below
         log_mid = torch.cat([log_cdf[:, :1], torch.logaddexp(log_cdf[:, :-1], log_cdf[:, 1:])], dim=1)  # (B, K)
         return (logp_w + log_mid - math.log(2)).logsumexp(-1)  # (B,)
     raise ValueError(f"ties must be strict or half, not {ties!r}")

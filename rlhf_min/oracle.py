@@ -113,8 +113,8 @@ def known_quantities(world, temperature):
 
     H(π) is the entropy, −E[log π]. `length` is that of y in tokens, and d in E[d / length] is a constant, like a
     detached reward. The `token` KLs are expected sums of the KLs of next-token distributions, in which the beginnings
-    of the answers are constants: no token is charged for the KL of what comes after it. Their gradients are those of
-    the estimates k2 and k3 (see reinforce.kl_estimate) of single tokens, and so we write them.
+    of the answers are constants: no token is charged for the KL of what comes after it. Their gradients (not their
+    values) are those of the estimates k2 and k3 (see reinforce.kl_estimate) of single tokens, and so we write them.
     """
     d_t = (world.logprobs - world.ref_logprobs).masked_fill(~world.mask, 0.0)  # (N, T)
     logp, d = world.logprobs.masked_fill(~world.mask, 0.0).sum(-1), d_t.sum(-1)  # (N,)
@@ -221,7 +221,7 @@ def examine(loss, beta=0.1, temperature=1.0):
         variance=2 * (probability @ (steps - step).square().sum(-1) / exact.norm() ** 2).item(),
         value=value.item(),
         value_variance=2 * (probability @ (values - value).square()).item(),
-        value_is=next((name for name in known if same(known[name], value)), ""),
+        value_is=next((name for name in known if "token" not in name and same(known[name], value)), ""),
         trained_words=share(world.mask & ~world.ends),
         trained_eos=share(world.ends),
         trained_pads=share(~world.mask),

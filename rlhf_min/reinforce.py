@@ -47,8 +47,8 @@ def leave_one_out(rewards):
 
         A_i = R_i − 1/(k−1) Σ_{j≠i} R_j  =  k/(k−1) · (R_i − mean R)
 
-    It takes away what the prompt is worth, too, which a moving average does not. rewards: (P, k), the k answers to a
-    prompt in a row. Returns (P, k). Raises ValueError for k < 2.
+    It takes away what the prompt is worth, too, which a moving average does not. rewards: (P, k), a row of k answers
+    for each of P prompts. Returns (P, k). Raises ValueError for k < 2.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (P, k) with k ≥ 2 answers to each prompt, not {tuple(rewards.shape)}")
@@ -59,10 +59,10 @@ def leave_one_out(rewards):
 def sigma_weight(sigma):
     """f(σ) = 1 / (1 + σ), the REINFORCE report's weight of the advantage: less of it where the judge is unsure.
 
-    The step (R − b) f(σ) ∇ log π has the expectation ∇E[f R] − b ∇E[f]: it is biased, and by how much depends on b.
-    Folded into the reward before KL and baseline, as r − λσ or r f(σ), σ makes another objective, without bias; r f(σ)
-    depends on where r has its zero: with ratings 1..10 it pays for certainty, even of a bad answer. A factor that is
-    the same for all answers does nothing to Adam, which divides by the gradient's size.
+    The step (R − b) f(σ) ∇ log π has the expectation ∇E[f R] − b ∇E[f], where R is a constant for ∇: it is biased, and
+    by how much depends on b. Folded into the reward before KL and baseline, as r − λσ or r f(σ), σ makes another
+    objective, without bias; r f(σ) depends on where r has its zero: with ratings 1..10 it pays for certainty, even of
+    a bad answer. A factor that is the same for all answers does nothing to Adam, which divides by the gradient's size.
     sigma: (B,) → (B,), in (0, 1].
     """
     return 1 / (1 + sigma)
@@ -120,9 +120,9 @@ def policy_gradient_loss(logprobs, advantage, mask):
 def step_metrics(team, rollout, logprobs, columns):
     """What a metrics line says of a step: the means over all B answers of a team.
 
-    columns: {name: (B / size,)}, with `reward`; logprobs: (B / size, T), where `size` is the number of its processes.
-    Added are how long the answers are, how many have no end, the entropy per token (all else is per answer), and the
-    reward's standard deviation.
+    columns: {name: (B / size,)}, with `reward`; logprobs: (B / size, T), where `size` is the number of processes in
+    the team. Added are how long the answers are, how many have no end, the entropy per token (all else is per answer),
+    and the reward's standard deviation.
     """
     surprise = -logprobs.detach().masked_fill(~rollout.mask, 0.0).sum(-1)  # (B / size,)
     lengths = {"completions/mean_length": rollout.mask.sum(-1), "completions/clipped_ratio": ~rollout.ended}

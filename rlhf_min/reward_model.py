@@ -63,7 +63,7 @@ def reward_and_sigma(logits):
 
 
 class RewardModel:
-    """A sequence classifier as a judge: of all its labels, or of one, whose logit is then the reward."""
+    """A sequence classifier as a judge. With `label`, the logit of that label, of several, is the reward."""
 
     is_function = False
 

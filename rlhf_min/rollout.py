@@ -2,7 +2,7 @@
 
 B prompts are padded on the left to P tokens. An answer has at most T tokens. `tokens` is (B, P+T):
 
-    pad pad  x   x   x  │  y   y  EOS pad pad       attention_mask is True on x and y,
+    pad pad  x   x   x  │  y   y  EOS pad pad       attention_mask is True on x, y and the first EOS
     x   x    x   x   x  │  y   y   y   y  EOS       mask (B, T) on y, the first EOS included
 
 An answer is what TRL calls a completion. `max_length` counts the prompt, too, unlike TRL's max_completion_length.
@@ -159,7 +159,8 @@ def completion_logits(model, rollout, temperature, weights=None):
 def token_logprobs(model, rollout, temperature, weights=None, passes=1):
     """log π(y_t | x, y_<t) of the sampled tokens, (B, T), in nats. Behind the first EOS the values mean nothing.
 
-    Several `passes`, each over a part of the rows, need the memory of one: `backward` makes each of them once more.
+    With several `passes`, each over a part of the rows, training needs the memory of one: `backward` computes each of
+    them a second time.
     """
     if passes > 1:
         parts = [Rollout(*rows) for rows in zip(*(tensor.chunk(passes) for tensor in rollout))]

@@ -280,6 +280,9 @@ def test_estimators():
         assert report.value == pytest.approx(mean)
         assert report.value_variance == pytest.approx(variance)
     assert examine(lambda logprobs, ref, reward, mask: kl_estimate(logprobs, ref, mask, "k2")).value_is == ""
+    # its gradient is that of the token KLs, its value nothing that has a name
+    token_k2 = examine(lambda logprobs, ref, reward, mask: ((logprobs - ref) ** 2 / 2).masked_fill(~mask, 0.0))
+    assert token_k2.kl_term == {"token KL(π‖ref)": -1.0} and token_k2.value_is == ""
 
 
 def test_variance_of_the_step():

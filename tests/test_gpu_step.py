@@ -9,7 +9,7 @@ from rlhf_min.lora import add_lora, lora_disabled, lora_layers
 from rlhf_min.rollout import decode, draw, uniform_numbers
 from rlhf_min.support import gpu_step
 from rlhf_min.support.batches import pad
-from rlhf_min.support.models import get_weights, set_weights
+from rlhf_min.support.models import checkpoint_gradients, get_weights, set_weights
 from tests.test_rollout import EOS, PROMPTS, build
 
 TARGETS = {"gpt2": "c_attn", "llama": "q_proj", "gpt_neox": "query_key_value"}
@@ -27,8 +27,9 @@ def both(policy, prompts=PROMPTS, max_length=12, seed=0):
     uniform = uniform_numbers(len(prompts), max_length, torch.Generator().manual_seed(seed)).to(policy.device)
     room = max_length - attention_mask.sum(-1, keepdim=True)
     inputs = policy, tokens, attention_mask, uniform, room, 0.7
+    recorded = gpu_step.decode(*inputs, draw)  # first, as in `sample`
     with torch.no_grad():
-        return decode(*inputs), gpu_step.decode(*inputs, draw)
+        return decode(*inputs), recorded
 
 
 def assert_equal(policy, **kwargs):
@@ -51,6 +52,17 @@ def test_a_recorded_step_is_the_plain_loop(family, adapters):
     with lora_disabled(policy):
         assert_equal(policy)
     assert len(gpu_step.STEPS) == 1 and not gpu_step.REFUSED
+
+
+def test_a_step_is_recorded_in_eval_mode():
+    """Gradient checkpointing leaves a policy's blocks in training mode, in which some versions have no cache."""
+    policy = build("llama")
+    checkpoint_gradients(policy)
+    policy(torch.tensor([PROMPTS[0]])).logits.sum().backward()
+    assert any(module.training for module in policy.modules())
+    assert_equal(policy)
+    (step,) = gpu_step.STEPS.values()
+    assert not any(module.training for module in step.model.modules())
 
 
 def test_another_model_takes_the_place_of_the_first():
@@ -88,8 +100,8 @@ def test_in_autocast_weights_keys_and_values_are_of_its_dtype(family, monkeypatc
 def test_a_model_that_cannot_be_recorded_is_told_once(family, why, capsys):
     """The reason goes to stderr, once, and the plain loop is left to do the work."""
     policy = build(family)
-    for _ in range(2):
-        assert both(policy)[1] is None
+    for prompts in (PROMPTS, PROMPTS, PROMPTS[:2]):  # the last ones would need another graph
+        assert both(policy, prompts)[1] is None
     error = capsys.readouterr().err
     assert error.count("no CUDA graph of a step, so sampling is slower: ") == 1 and why in error
 

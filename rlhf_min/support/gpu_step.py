@@ -42,8 +42,8 @@ class Step:
 
     def __init__(self, policy, prompts, length, temperature, draw, dtype):
         config, count, device = policy.generation_config, len(prompts), policy.device
-        tensors = [*policy.parameters(), *policy.buffers()]
-        self.model = copy.deepcopy(policy, {id(tensor): tensor for tensor in tensors})  # these are shared, not copied
+        shared = {id(tensor): tensor for tensor in (*policy.parameters(), *policy.buffers())}  # not copied
+        self.model = copy.deepcopy(policy, shared).eval()  # checkpointing leaves blocks in training mode
         self.model.config._attn_implementation = "one_token"
         if cache_argument(policy) is None:
             raise ValueError("the model has no keys and values")
@@ -77,10 +77,6 @@ class Step:
                 caches.append(self.mask.new_zeros(*new.shape[:2], self.tokens.shape[1], new.shape[3]))
             both.append(caches[layer].index_copy_(2, self.slot, new.to(self.mask.dtype)))
         return both
-
-    def get_seq_length(self, layer=0):
-        """Positions and mask are given, so nobody needs to know."""
-        return 0
 
     def take(self):
         """Read the last token, write the next one."""
@@ -126,7 +122,7 @@ class Step:
 def decode(policy, prompts, attention_mask, uniform, room, temperature, draw):
     """As rollout.decode; None where the model's step cannot be recorded, which is said once, with the reason."""
     width, steps, half = prompts.shape[1], int(room.max()), torch.is_autocast_enabled(prompts.device.type)
-    length = -(-(width + steps) // 64) * 64  # so few different graphs
+    length = -(-(width + steps) // 64) * 64  # a multiple of 64, so that there are few graphs
     dtype = torch.get_autocast_dtype(prompts.device.type) if half else policy.dtype
     key = (len(prompts), length, temperature, dtype, *map(id, policy.parameters()))  # which a Step keeps alive
     try:
@@ -147,8 +143,9 @@ def decode(policy, prompts, attention_mask, uniform, room, temperature, draw):
                 check(policy, step, attention_mask)
     except Exception as error:
         STEPS.pop(key, None)
-        REFUSED[key] = first_line(error)
-        print(f"no CUDA graph of a step, so sampling is slower: {REFUSED[key]}", file=sys.stderr)
+        if (reason := first_line(error)) not in REFUSED.values():
+            print(f"no CUDA graph of a step, so sampling is slower: {reason}", file=sys.stderr)
+        REFUSED[key] = reason
         return None
     return step.tokens[:, : int(step.end.max())].clone(), probs
 
@@ -156,8 +153,8 @@ def decode(policy, prompts, attention_mask, uniform, room, temperature, draw):
 def check(policy, step, attention_mask):
     """RuntimeError if the first recorded step has other probabilities than the model has without any cache."""
     attention_mask = F.pad(attention_mask, (0, 1), value=True)  # (B, P+1)
-    inputs = {"attention_mask": attention_mask, "position_ids": positions(attention_mask)}
-    logits = policy(step.tokens[:, : attention_mask.shape[1]], **inputs).logits[:, -1]  # (B, V)
+    inputs = {"attention_mask": attention_mask, "position_ids": positions(attention_mask), "logits_to_keep": 1}
+    logits = policy(step.tokens[:, : attention_mask.shape[1]], **inputs, use_cache=False).logits[:, -1]  # (B, V)
     difference = ((logits.float() / step.temperature).softmax(-1) - step.probs).abs().sum(-1).max() / 2  # in [0, 1]
     if not difference < 0.1:
         raise RuntimeError(f"its probabilities are {difference:.2f} off")

@@ -10,22 +10,25 @@ curves.png (reward over steps in three precisions), profile.txt, log.txt, and ta
 """
 
 import contextlib
+import itertools
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import distributed as dist
 from transformers.models.llama import modeling_llama
@@ -39,6 +42,7 @@ from rlhf_min.support import gpu_step, plots
 from rlhf_min.support.errors import UserError, one_line_errors
 from rlhf_min.support.options import RunOptions, option, parse_options
 from rlhf_min.support.precision import autocast, resolve_device
+from rlhf_min.support.runlog import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 256}  # a rehearsal's GPT-2
@@ -70,8 +74,7 @@ def facts(options):
     """The machine, and what it can reach: the largest product, and reading the largest tensor."""
     name = platform.processor() if options.device == "cpu" else torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
-    yield {"row": "machine", "card": name, **versions, "commit": commit.strip() or None}
+    yield {"row": "machine", "card": name, **versions, "commit": git_commit()}
     n, count = (256, 10**6) if options.toy else (8192, 10**9)
     for dtype in (torch.bfloat16, torch.float32):  # float32 as TF32, as resolve_device sets it
         a = torch.randn(n, n, device=options.device, dtype=dtype)
@@ -110,9 +113,9 @@ def small_policy(options, lora_r=0):
     return add_lora(policy, lora_r, 32.0) if lora_r else policy
 
 
-def sampling_turn(policy, options):
-    """A function that samples 64 answers of 128 tokens."""
-    count, length = (2, 8) if options.toy else (64, 128)
+def sampling_turn(policy, options, length=128):
+    """A function that samples 64 answers of `length` tokens."""
+    count, length = (2, 8) if options.toy else (64, length)
     prompts, uniform = [[5] * speed.PROMPT] * count, torch.rand(count, speed.PROMPT + length)
 
     def turn():
@@ -122,52 +125,50 @@ def sampling_turn(policy, options):
     return turn
 
 
-def rms_norm(self, x):
-    """LlamaRMSNorm in one kernel."""
-    return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.variance_epsilon).to(x.dtype)
-
-
 def compiled_step():
     """LlamaModel.forward, compiled where it makes a recorded step whose keys and values have their places."""
     plain = modeling_llama.LlamaModel.forward
     compiled = torch.compile(plain)
 
-    def forward(self, *args, past_key_values=None, **kwargs):
-        recorded = isinstance(past_key_values, gpu_step.Step) and past_key_values.keys
-        return (compiled if recorded else plain)(self, *args, past_key_values=past_key_values, **kwargs)
+    def forward(self, *args, **kwargs):
+        step = kwargs.get("cache", kwargs.get("past_key_values"))  # the latter before transformers 5.24
+        recorded = isinstance(step, gpu_step.Step) and step.keys
+        return (compiled if recorded else plain)(self, *args, **kwargs)
 
     return forward
 
 
+def replay_seconds():
+    """What the CPU needs to launch the graph of a step, and what the GPU needs to run it: the larger one decides."""
+    (step,) = gpu_step.STEPS.values()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):  # behind the answers there is room for so many tokens
+        step.graph.replay()
+    launched = time.perf_counter()
+    torch.cuda.synchronize()
+    return {"launch, s": (launched - start) / 20, "replay, s": (time.perf_counter() - start) / 20}
+
+
 def ablations(*names):
-    """A stage: seconds to sample 64 × 128 tokens with one thing changed; at best, weights are read once a token."""
+    """A stage: seconds to sample 64 × 128 tokens with one thing changed, and GB that a token must read at least."""
 
     def stage(options):
-        changes = {
-            "graph": {},
-            "graph, LoRA r 16": {"lora_r": 16},
-            "graph, cuDNN's attention": {"cudnn": True},
-            "graph, F.rms_norm": {"owner": modeling_llama.LlamaRMSNorm, "forward": rms_norm},
-            "graph, compiled step": {"owner": modeling_llama.LlamaModel, "forward": compiled_step()},
-            "plain loop": {"plain": True},
-        }
         for name in names:
-            change = changes[name]
-            with contextlib.ExitStack() as patch:
-                gpu_step.STEPS.clear()
-                gpu_step.REFUSED.clear()
-                if change.get("forward"):
-                    patch.callback(setattr, change["owner"], "forward", change["owner"].forward)
-                    change["owner"].forward = change["forward"]
-                torch.backends.cuda.enable_cudnn_sdp(change.get("cudnn", False))
-                if change.get("plain"):
-                    patch.callback(setattr, gpu_step, "decode", gpu_step.decode)
-                    gpu_step.decode = lambda *inputs: None
-                policy = small_policy(options, change.get("lora_r", 0))
-                turn = sampling_turn(policy, options)
-                row = {"row": f"sample, {name}", "ours, s": seconds_of(turn, options, 3), "graph": speed.graph()}
-                weights = sum(p.numel() for p in policy.parameters()) * (4 if options.precision == "fp32" else 2)
-                yield row | {"read per token, GB": weights / 1e9}
+            gpu_step.STEPS.clear()
+            gpu_step.REFUSED.clear()
+            with contextlib.ExitStack() as patches:
+                if name == "compiled step":
+                    patches.enter_context(mock.patch.object(modeling_llama.LlamaModel, "forward", compiled_step()))
+                if name == "plain loop":
+                    patches.enter_context(mock.patch.object(gpu_step, "decode", lambda *inputs: None))
+                policy = small_policy(options, 16 if name == "LoRA r 16" else 0)
+                row = {"row": f"sample, {name}", "ours, s": seconds_of(sampling_turn(policy, options), options, 3)}
+            if gpu_step.STEPS and options.device != "cpu":
+                row |= replay_seconds()
+            weights = sum(p.numel() for p in policy.parameters()) * (4 if options.precision == "fp32" else 2)
+            row |= {"graph": speed.graph(), "read per token, GB": weights / 1e9}
+            yield row | {"compiled": torch._dynamo.utils.counters["stats"]["unique_graphs"]}  # 1 is the whole step
 
     return stage
 
@@ -176,37 +177,43 @@ def profile(options):
     """The kernels of sampling with SmolLM2's shape, and those of a REINFORCE step of GPT-2 small, longest first."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [] if options.device == "cpu" else [torch.profiler.ProfilerActivity.CUDA]
-    by = "self_cpu_time_total" if options.device == "cpu" else "self_device_time_total"
-    turn = sampling_turn(small_policy(options), options)
 
-    class Turns(speed.Turns):
-        """The fourth turn is profiled, and the last."""
+    def a_step(turns):
+        step = speed.ReinforceStep(TOY if options.toy else speed.SMALL, 4 if options.toy else 64)
+        with tempfile.TemporaryDirectory() as folder:
+            step.build(folder)
+            step.ours(folder, options, turns)
 
-        def __init__(self):
-            self.turns, self.profiler = 0, torch.profiler.profile(activities=activities)
+    def sampling(turns):
+        turns.take(sampling_turn(small_policy(options), options, 16))  # a token has a thousand kernels
 
-        def pause(self):
-            self.turns += 1
-            synchronize(options)
-            if self.turns == 4:
-                self.profiler.start()
-            if self.turns == 5:
-                self.profiler.stop()
-                raise EOFError
+    for name, work in {"sampling": sampling, "a step": a_step}.items():
+        yield {"row": f"profile of {name}"} | profiled(name, work, activities, options)
 
-    step = speed.ReinforceStep(TOY if options.toy else speed.SMALL, 4 if options.toy else 64)
-    step.build(options.out / "model")
-    for name, work in {"sampling": lambda turns: turns.take(turn),
-                       "a step": lambda turns: step.ours(options.out / "model", options, turns)}.items():  # fmt: skip
-        turns = Turns()
-        with contextlib.suppress(EOFError):
-            work(turns)
-        events = turns.profiler.key_averages()
-        with open(options.out / "profile.txt", "a") as file:
-            file.write(f"{name}\n{events.table(sort_by=by, row_limit=40, max_name_column_width=80)}\n")
-        on_device = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]  # not its caller
-        yield {"row": f"profile of {name}", "kernels": sum(event.count for event in on_device),
-               "device, s": sum(event.self_device_time_total for event in on_device) / 1e6}  # fmt: skip
+
+def profiled(name, work, activities, options):
+    """Profile the fourth turn of work(turns), its last, into profile.txt."""
+    profiler, count = torch.profiler.profile(activities=activities), itertools.count(1)
+
+    def before_a_turn():
+        n = next(count)
+        if n == 4:
+            profiler.start()
+        if n == 5:
+            profiler.stop()
+            raise EOFError
+
+    with contextlib.suppress(EOFError):
+        work(speed.Turns(SimpleNamespace(send=print, recv=before_a_turn), options))
+    # of the GPU's events only kernels: not their callers on the CPU, nor the names of regions, such as AdamW's
+    cpu = torch.autograd.DeviceType.CPU
+    kernels = [e for e in profiler.key_averages() if e.device_type != cpu and not e.is_user_annotation]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    lines = [f"{e.self_device_time_total / 1e3:9.3f} ms {e.count:6} {e.key}" for e in kernels]
+    with open(options.out / "profile.txt", "a") as file:
+        print(name, *lines, sep="\n", file=file)
+    seconds = sum(event.self_device_time_total for event in kernels) / 1e6
+    return {"kernels": sum(event.count for event in kernels), "device, s": seconds}
 
 
 def precisions(options):
@@ -248,21 +255,18 @@ def nccl(options):
     dist.destroy_process_group()
 
 
-STAGES = {  # name: (what it does, its limit in seconds), in the order of their worth
+STAGES = {  # name: (what it does, its seconds; it is stopped after half as many again), in the order of their worth
     "facts": (facts, 25),
     "right": (right, 70),
     "sampling": (speed_rows("sample-smollm2"), 70),
-    "profile": (profile, 40),
+    "profile": (profile, 75),
     "step": (speed_rows("step-gpt2-64"), 100),
     "precisions": (precisions, 110),
-    "ablations": (
-        ablations("graph", "graph, LoRA r 16", "graph, cuDNN's attention", "graph, F.rms_norm", "plain loop"),
-        60,
-    ),
-    "lora": (speed_rows("lora-pass", "reward-lora"), 60),
-    "merge": (speed_rows("merge"), 30),
+    "ablations": (ablations("graph", "LoRA r 16", "plain loop"), 60),
+    "lora": (speed_rows("lora-pass", "reward-lora"), 90),
+    "merge": (speed_rows("merge"), 45),
     "nccl": (nccl, 25),
-    "compiled": (ablations("graph", "graph, compiled step"), 180),  # Inductor takes a minute or two
+    "compiled": (ablations("graph", "compiled step"), 180),  # Inductor takes a minute or two
 }
 
 

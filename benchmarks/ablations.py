@@ -3,10 +3,10 @@
     pip install -e '.[plots,bench]'
     python benchmarks/ablations.py --seeds 5 --out runs/ablations  # three hours on two cores; goes on where it stopped
 
-Every arm changes one thing of the centre: lr 3e-4, T = 100 steps, I = M = 2, β = .1, μ = .01, η = .5, which are 400
-steps. A seed has a reward model and samples of its own; θ_sft and the held-out prompts are the same for all. An arm
-ends in weights θ, for WARP its last θ_slerp, and its front is (1−η) θ_sft + η θ. Arms are compared by what no policy
-was trained on, the gold score, at the same KL to θ_sft: on the front, between its points, linearly in the KL.
+The centre has lr 3e-4, T = 100 steps, I = M = 2, β = .1, μ = .01, η = .5, which are 400 steps. Most arms change one
+thing of it. A seed has a reward model and samples of its own; θ_sft and the held-out prompts are the same for all. An
+arm ends in weights θ, for WARP its last θ_slerp, and its front is (1−η) θ_sft + η θ. Arms are compared by what no
+policy was trained on, the gold score, at the same KL to θ_sft: on the front, between its points, linearly in the KL.
 
 A difference to the centre is paired by seed. Its interval is Student's t over seeds; the p-values of the contrasts in
 CONTRASTS, which were named before any run, are corrected by Holm's method. `A/A` is the centre with other samples: it

@@ -8,7 +8,7 @@ advantage, to which the gradient's variance is roughly proportional, is
 
     no baseline      (E R)² + σ²_x + σ²_y
     moving average            σ²_x + σ²_y          a constant takes away the level of the reward, not the prompt's worth
-    RLOO                        k/(k−1) · σ²_y     so does the mean of k − 1 neighbours, which is noisy itself
+    RLOO                        k/(k−1) · σ²_y     the mean of k − 1 neighbours takes away both, but is noisy itself
 
 and RLOO sees N/k prompts instead of N. First all seven baselines at the fixed policy π_sft: variance and direction of
 the gradient of one step. Then training with the same number of answers, a run per seed.

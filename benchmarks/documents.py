@@ -5,8 +5,8 @@
     python benchmarks/documents.py first=runs/warp-1         # makes docs/results/first.json of finished runs first
 
 A result file holds the command, the commit, the machine and the rows of an experiment. A table stands in a document
-between <!-- results FUNCTION NAME --> and <!-- end -->; FUNCTION is one of TABLES, or the name of a table that the run
-itself printed; NAME is the result file that it reads. Behind a colon may stand the columns to show of a printed table,
+between <!-- results FUNCTION NAME --> and <!-- end -->; FUNCTION is one of TABLES, or the name of a table in the
+result file; NAME is the result file that it reads. Behind a colon may stand the columns to show of a printed table,
 or the policies whose samples to show. A test fails where a document says something else than its results.
 """
 

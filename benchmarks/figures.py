@@ -1,8 +1,10 @@
-"""Draw the figures of README and tutorial with the functions that train.
+"""Draw the figures of README and tutorial that need no result files, with the functions that train.
 
-pip install -e '.[plots]'
-python benchmarks/figures.py               # all of them, into docs/
-python benchmarks/figures.py slerp         # one
+    pip install -e '.[plots]'
+    python benchmarks/figures.py               # all of them, into docs/
+    python benchmarks/figures.py slerp         # one
+
+documents.py draws the others.
 """
 
 import sys

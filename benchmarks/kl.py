@@ -4,7 +4,7 @@
 
 FORMS holds the losses of a step, each a function of (logprobs (B, T), ref_logprobs (B, T), reward (B,), mask (B, T), β)
 in which only the KL term differs; but a form that is scored at another temperature also scores its reward term there.
-They are the losses that rlhf_min/oracle.py takes, so its verdict on a form is one on what trained here. The mean of
+They are the losses that rlhf_min/oracle.py takes, so the oracle judges the very losses that train here. The mean of
 past rewards is subtracted from the reward, which changes no expectation of a form that is scored as it is sampled.
 """
 

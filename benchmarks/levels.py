@@ -65,7 +65,7 @@ class LevelOptions(train_reinforce.ReinforceOptions):
 
 
 def arm_settings(arm, judge, answers, options):
-    """(reward model, --sigma, β) of an arm. A weight on R − b that is the same for all answers is one on r and on β.
+    """(reward model, --sigma, β) of an arm. A constant factor on R − b is one on r and one on β.
 
     The constant is the mean of f(σ) over π_sft's `answers`: prompts, completions, ended.
     """

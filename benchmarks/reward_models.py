@@ -4,7 +4,7 @@
 
 Both heads give a probability that the chosen answer is better: σ(r_w − r_l), or P(i > j) + ½ P(i = j). Where the pairs
 have ratings, the accuracy is also given by the gap between the two: a small gap is nearly a tie. The first row takes
-the longer answer for the better one: what a reward model knows, it knows beyond that.
+the longer answer for the better one: a reward model that has learned more than length is right more often.
 """
 
 import sys

@@ -74,7 +74,7 @@ def clip_gradients(gradients, max_norm):
 
 
 def new_adapter(n_in, n_out, r):
-    """(A, B) of a new LoRA adapter, A (r, n_in) and B (n_out, r). At first it changes nothing: B A = 0."""
+    """(A, B) of a new LoRA adapter: A (r, n_in) at random, B (n_out, r). At first it changes nothing: B A = 0."""
     bound = 1 / math.sqrt(n_in)  # 1
     A = (2 * torch.rand(r, n_in) - 1) * bound  # 2: uniform in (−bound, bound)
     B = (2 * torch.rand(n_out, r) - 1) * bound  # 3

@@ -1,4 +1,4 @@
-"""Where θ_sft comes from: a BPE tokenizer and a small GPT-2 trained on any text file.
+"""Where θ_sft comes from: a BPE tokenizer and a small GPT-2 trained on any texts.
 
     python -m rlhf_min.pretrain --data reviews.jsonl.gz --out runs/imdb/policy
 
@@ -39,7 +39,7 @@ class PretrainOptions(TrainingOptions):
     width: int = option(64, "size of the residual stream, a multiple of 32", low=32)
     max_length: int = option(64, "longest sequence, in tokens; a longer text becomes several", low=2)
     epochs: int = option(4, "passes over the texts", low=1)
-    batch_size: int = option(64, "texts per step", low=1)
+    batch_size: int = option(64, "sequences per step", low=1)
     lr: float = option(3e-3, "AdamW learning rate after a warm-up of 5 %, decayed to 0", low=0)
     weight_decay: float = option(0.01, "AdamW weight decay", low=0)
 

@@ -124,7 +124,7 @@ def write_opinions(stars, rng):
 
 
 def write_world(folder, seed=0, reviews=6000, train_pairs=2000, eval_pairs=400, prompts=900):
-    """Write reviews, pairs to train and to evaluate on, and prompts, whose openings are in the reviews only."""
+    """Write reviews, pairs to train and to evaluate on, and prompts, whose openings no pair has."""
     rng = random.Random(seed)
     openings = sorted(OPENINGS)
     rng.shuffle(openings)

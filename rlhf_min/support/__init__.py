@@ -1,1 +1,1 @@
-"""Machinery with nothing of RLHF in it. Nobody needs it to follow a script."""
+"""Machinery with nothing of RLHF in it. README.md says what a script needs of it, in four sentences."""

@@ -15,7 +15,7 @@ from torch import distributed as dist
 
 from .errors import UserError
 
-PATIENCE = datetime.timedelta(days=7)  # a process without a run waits for the others; torchrun ends it if one dies
+PATIENCE = datetime.timedelta(days=7)  # a process without a run waits for the others; torchrun ends all if one dies
 
 
 def world_size():

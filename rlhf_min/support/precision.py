@@ -53,7 +53,7 @@ def keep_memory():
     """Tell glibc to keep the memory of large tensors: every step makes the same ones again.
 
     It gives each block above 32 MB back to the kernel and waits for new pages at the next one; a step of GPT-2 small
-    then takes half as long again. This holds for the rest of the process. Without glibc nothing happens.
+    then takes 1.4 times as long. This holds for the rest of the process. Without glibc nothing happens.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):

@@ -17,7 +17,7 @@ user""".split()  # fields that may hold what an answer answers
 
 
 def read_rows(source, parse=lambda row: row, columns=()):
-    """[parse(row)] of every row that is not None: of a .jsonl or .jsonl.gz file, or of what `datasets` reads.
+    """What parse(row) gives, without None, for every row of a .jsonl or .jsonl.gz file, or of what `datasets` reads.
 
     columns: ["new=old"], other names for fields; without a new name the field is left out. Where parse raises
     ValueError, a row is wrong: UserError with the first one and their number.

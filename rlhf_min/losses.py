@@ -31,26 +31,25 @@ def pairwise_loss(chosen, rejected, margin=None, center_coefficient=0.0):
 def preference_logprob(chosen_logits, rejected_logits, ties="strict"):
     """log P(w ≻ l) when ratings i of w and j of l in 1..K are drawn from two independent distributions.
 
-        strict   P = P(i > j)               = Σ_{i=2..K} p_w(i) F_l(i−1),                  F_l(i) = Σ_{j≤i} p_l(j)
-        half     P = P(i > j) + ½ P(i = j)  = Σ_{i=1..K} p_w(i) ½ [F_l(i−1) + F_l(i)],     F_l(0) = 0
+        strict   P = P(i > j) = Σ_{i=2..K} p_w(i) F_l(i−1),     F_l(i) = Σ_{j≤i} p_l(j)
+        half     P = P(i > j) + ½ P(i = j),     P(i = j) = Σ_i p_w(i) p_l(i)
 
     Strict is the REINFORCE report's. It counts a tie as an error, so two answers that cannot be told apart are pushed
     to the *uniform* distribution: there P = .45 for K = 10, and L = .7985 > ln 2. With half the tie mass P(w ≻ l) +
-    P(l ≻ w) = 1, as for Bradley–Terry. All in log space: log(P + ε) would have no gradient on the worst pairs. The sum
-    leaves out F_l(0) = 0: its log is −∞, and the gradient of logsumexp would be NaN.
+    P(l ≻ w) = 1, as for Bradley–Terry. All in log space: log(P + ε) would have no gradient on the worst pairs.
 
     chosen_logits, rejected_logits: (B, K). Returns (B,), in nats, ≤ 0. Raises ValueError for other shapes or `ties`.
     """
     if chosen_logits.dim() != 2 or chosen_logits.shape != rejected_logits.shape or chosen_logits.shape[1] < 2:
         raise ValueError(f"logits must be (B, K), not {tuple(chosen_logits.shape)}, {tuple(rejected_logits.shape)}")
-    logp_w = chosen_logits.log_softmax(-1)  # (B, K)
-    log_cdf = rejected_logits.log_softmax(-1).logcumsumexp(-1)  # (B, K) log F_l
+    logp_w, logp_l = chosen_logits.log_softmax(-1), rejected_logits.log_softmax(-1)  # (B, K) × 2
+    log_cdf = logp_l.logcumsumexp(-1)  # (B, K) log F_l
+    log_win = (logp_w[:, 1:] + log_cdf[:, :-1]).logsumexp(-1)  # (B,) log P(i > j)
     if ties == "strict":
-        return (logp_w[:, 1:] + log_cdf[:, :-1]).logsumexp(-1)  # (B,)
+        return log_win
     if ties == "half":
-        # log [F_l(i−1) + F_l(i)], which is log F_l(1) for i = 1; the ½ is the − log 2 below
-        log_mid = torch.cat([log_cdf[:, :1], torch.logaddexp(log_cdf[:, :-1], log_cdf[:, 1:])], dim=1)  # (B, K)
-        return (logp_w + log_mid - math.log(2)).logsumexp(-1)  # (B,)
+        log_tie = (logp_w + logp_l).logsumexp(-1)  # (B,) log P(i = j)
+        return torch.logaddexp(log_win, log_tie - math.log(2))
     raise ValueError(f"ties must be strict or half, not {ties!r}")
 
 

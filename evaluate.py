@@ -6,12 +6,14 @@
 
 Without a flag: the embedded world's SFT policy against the newest WARP run. A judge's `_z` is in standard deviations of
 the first policy's rewards, `_delta` the mean difference to the first policy on the same prompts, `_low` and `_high` the
-ends of its 95 % bootstrap interval, `_win_rate` the share of prompts that are won, a tie counting ½. Above
-the table stand the answers to ten of the prompts: read them before you believe a number.
+ends of its 95 % bootstrap interval, `_win_rate` the share of prompts that are won, a tie counting ½. `reward` is the
+embedded world's reward model, not the one that a run was trained on. Above the table stand the answers to ten of the
+prompts: read them before you believe a number.
 
 No policy is judged on prompts that it, or the policy it began with, was trained on: run.json says which those are.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ from rlhf_min.reward_model import load_judges, named_judges
 from rlhf_min.rollout import load_policy
 from rlhf_min.support.errors import UserError, one_line_errors
 from rlhf_min.support.files import read_json
-from rlhf_min.support.options import option, parse_options
+from rlhf_min.support.options import flag_of, option, parse_options
 from rlhf_min.support.plots import plot_front
 from rlhf_min.support.precision import resolve_device
 from rlhf_min.support.runlog import RunLog
@@ -47,6 +49,8 @@ class EvaluateOptions(evaluation.SamplingOptions):
     def check(self):
         if self.front and (self.policies or self.match_kl):
             raise UserError("--front goes without --policies and --match-kl; run evaluate.py twice")
+        if not (self.front or self.judges) and self.prompts != toy.PROMPTS:
+            raise UserError("--prompts: these are not the embedded world's; name --judges")
         self.judges = self.judges or [f"reward={toy.REWARD_MODEL}", *toy.JUDGES]
         if not self.front and not self.policies:
             finished = sorted(Path("runs").glob("warp-*/summary.json"), key=lambda path: path.stat().st_mtime)
@@ -70,9 +74,9 @@ def trained_on(name, tokenizer, length):
     options = run_options(name)
     if options and options.prompt_tokens != length:
         raise UserError(f"{name} was trained with --prompt-tokens {options.prompt_tokens}; give the same")
-    return (
-        evaluation.prompts_of(options, tokenizer)[0] + trained_on(options.policy, tokenizer, length) if options else []
-    )
+    if not options:
+        return []
+    return evaluation.prompts_of(options, tokenizer)[0] + trained_on(options.policy, tokenizer, length)
 
 
 def draw_prompts(names, tokenizer, options):
@@ -100,6 +104,11 @@ def compare(judges, options, device):
         prompts, row = draw_prompts(options.policies, tokenizer, options), {"policy": name}
         if options.match_kl:
             row["eta"] = evaluation.match_kl(policy, tokenizer, prompts, options, reference, options.match_kl)
+        for trained in filter(None, [run_options(name)]):
+            for flag in ("temperature", "max_length"):
+                if getattr(trained, flag) != getattr(options, flag):
+                    was = f"was trained with {flag_of(flag)} {getattr(trained, flag)}"
+                    print(f"{name} {was}, and is judged with {getattr(options, flag)}", file=sys.stderr)
         columns = evaluation.judge_policy(policy, tokenizer, prompts, judges, options, reference if same else None)
         first = first or columns
         if columns["prompt"] != first["prompt"]:

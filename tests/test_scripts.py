@@ -525,6 +525,8 @@ def test_evaluation_uses_no_prompt_of_any_training(reinforce_run):
         evaluate.draw_prompts(["runs/on-half"], tokenizer, options)  # 40 of the 100 more
     with pytest.raises(UserError, match="runs/half was trained with --prompt-tokens 10; give the same"):
         evaluate.draw_prompts(["runs/half"], tokenizer, replace(options, prompt_tokens=9))
+    with pytest.raises(UserError, match="not the embedded world's; name --judges"):
+        parse_options(evaluate.EvaluateOptions, ["--policies", toy.POLICY, "--prompts", "half.jsonl"])
     evaluate.main(["--policies", toy.POLICY, "runs/half", *EVALUATE, "--out", "runs/by-half"])
     _, held_out = evaluation.prompts_of(evaluate.run_options(str(reinforce_run)), tokenizer)
     options.num_prompts = 16
@@ -550,6 +552,15 @@ def test_evaluate_compares_with_the_first(reinforce_run, lora_reinforce_run):
         assert row["reward_delta"] == pytest.approx(after["reward"] - first["reward"], abs=1e-4)
         assert row["reward_z"] == pytest.approx(row["reward_delta"] / (first["reward_se"] * math.sqrt(16)), rel=1e-2)
     assert f"| {reinforce_run} |" in Path("runs/compared/table.md").read_text()
+
+
+def test_evaluate_compares_at_its_own_temperature_and_says_so(reinforce_run, capsys):
+    """Another temperature makes another policy, and shorter answers another task; both are said, and nothing else."""
+    for flags, said in {"": "", "--temperature 1": "trained with --temperature 0.7, and is judged with 1.0\n"}.items():
+        out = f"runs/at{flags[-1:]}"
+        evaluate.main(["--policies", toy.POLICY, str(reinforce_run), *EVALUATE, *flags.split(), "--out", out])
+        error = capsys.readouterr().err
+        assert error.endswith(said) and error.count("was trained with") == bool(said)
 
 
 def test_evaluate_shows_the_fronts_of_runs(warp_run, lora_warp_run):

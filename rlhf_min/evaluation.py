@@ -1,7 +1,6 @@
 """Sampling a policy on held-out prompts, judging the answers, and the statistics of it."""
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -41,13 +40,16 @@ class TaskOptions(SamplingOptions, LoRAOptions):
 
     policy: str = option(toy.POLICY, "π_sft: a run folder, a transformers folder, an adapter or a hub name")
     reward_model: list = option([toy.REWARD_MODEL], "r: a reward model of either head, folder:LABEL of a classifier, "
-                                "package.module.function, or several, which are added up")  # fmt: skip
+                                "package.module.function, or several, which are added up (default: the embedded "
+                                "world's)")  # fmt: skip
     reward_weights: list = option([], "a weight for each of several --reward-model")
     judges: list = option([], "name=spec of other judges: watched, not trained on (the embedded world has its own)")
     eval_prompts: str = option("", "prompts of the evaluation (default: some of --prompts are held out)")
     num_eval_prompts: int = option(256, "how many prompts to evaluate on", low=2)
     eval_every: int = option(0, "steps between evaluations while training, with three answers; 0 has none", low=0)
-    gradient_accumulation_steps: int = option(1, "passes per optimizer step, of --batch-size answers each", low=1)
+    gradient_accumulation_steps: int = option(
+        1, "passes per step, of --batch-size answers; each is computed twice", low=1
+    )
     gradient_checkpointing: bool = option(False, "compute activations twice instead of keeping them: less memory")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 never clips", low=0)
 
@@ -171,8 +173,8 @@ def mean_se(values):
 
 def distinct_2(texts):
     """Distinct word pairs over all word pairs of the texts, in [0, 1]: it falls when a policy repeats itself."""
-    pairs = Counter(pair for words in map(str.split, texts) for pair in pairwise(words))
-    return len(pairs) / pairs.total() if pairs else 0.0
+    pairs = [pair for text in texts for pair in pairwise(text.split())]
+    return len({*pairs}) / max(1, len(pairs))
 
 
 def summarise(columns, judge_names):
@@ -233,7 +235,7 @@ def paired_difference(values, reference, generator, resamples=2000):
 
 def win_rate(values, reference):
     """Share of pairs in which `values` is higher; a tie counts ½."""
-    return sum(0.5 + 0.5 * ((v > b) - (v < b)) for v, b in zip(values, reference)) / len(values)
+    return sum((v > b) + 0.5 * (v == b) for v, b in zip(values, reference)) / len(values)
 
 
 def print_samples(policies, count=3):

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from .support.errors import UserError, first_line
 from .support.files import read_json, whole, write_json
 from .support.models import HEADS, base_of, find_model, get_weights, head_labels, is_adapter, is_head, load_plain_model
-from .support.options import TrainingOptions, option
+from .support.options import TrainingOptions, flag_of, option
 
 # queries and values of Llama, GPT-2, DistilBERT, BERT; Pythia, BLOOM, Falcon; Phi-3; MPT, ModernBERT; DeBERTa.
 # Where one matrix holds queries, keys and values (c_attn, query_key_value, qkv_proj, Wqkv), the keys train, too.
@@ -41,8 +41,9 @@ class LoRAOptions(TrainingOptions):
 
     def check(self):
         super().check()
-        if self.lora_target_modules and not self.lora_r:
-            raise UserError("--lora-target-modules goes with LoRA only; set --lora-r, or leave it out")
+        for name, default in {"lora_alpha": 32.0, "lora_target_modules": [], "lora_dropout": 0.0}.items():
+            if not self.lora_r and getattr(self, name, default) != default:
+                raise UserError(f"{flag_of(name)} goes with LoRA only; set --lora-r, or leave it out")
 
 
 class LoRALayer(nn.Module):
@@ -127,7 +128,7 @@ def merge_lora(model):
 
 @contextlib.contextmanager
 def lora_disabled(model):
-    """`with lora_disabled(policy):` W without ΔW. So the policy is the reference, too, and no second model is held."""
+    """`with lora_disabled(policy):` W without ΔW: θ_sft in train_reinforce.py. (In train_warp.py W is θ_init.)"""
     layers = lora_layers(model).values()
     try:
         for layer in layers:

@@ -38,8 +38,7 @@ from types import SimpleNamespace
 
 import torch
 
-from .reward_model import import_function
-from .support.errors import UserError, one_line_errors
+from .support.errors import UserError, import_function, one_line_errors
 
 
 def all_answers(words, length):

@@ -10,7 +10,6 @@ import copy
 import inspect
 import math
 import os
-import pydoc
 import re
 import sys
 import traceback
@@ -23,7 +22,7 @@ from .lora import load_model
 from .losses import rating_mean_std
 from .rollout import decode_completions
 from .support.batches import group_by_length, pad
-from .support.errors import UserError, first_line
+from .support.errors import UserError, first_line, import_function
 from .support.models import check_loaded, context_length, head_labels, is_classifier, load_tokenizer
 
 TAKEN = """prompt completion length ended kl sigma step eta policy run baseline advantage anchor_kl entropy reward_std
@@ -109,9 +108,8 @@ class RewardFunction:
         columns = copy.deepcopy({**(columns or {}), "prompts": prompts, "completions": texts})  # it may change them
         try:
             takes = inspect.signature(self.function).parameters
-            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
-                columns = {name: values for name, values in columns.items() if name in takes}
-            values = self.function(**columns)
+            takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+            values = self.function(**{name: columns[name] for name in columns if takes_all or name in takes})
             values = asyncio.run(values) if inspect.iscoroutine(values) else values
             reward = torch.tensor([0.0 if value is None else float(value) for value in values], device=self.device)
         except (Exception, SystemExit) as error:  # somebody else's program: what it raises, and where
@@ -184,20 +182,6 @@ def load_classifier(name, device, new_head=0, label=""):
         remedy = f"--reward-model {name}:{labels[-1]} takes the logit of one of them"
         raise UserError(f"{name}: a classifier with the labels {', '.join(labels[:3])}, ...; {right}; {remedy}")
     return model.to(device), tokenizer
-
-
-def import_function(spec, remedy):
-    """The function package.module.function; UserError where there is none."""
-    sys.path.insert(0, "")  # a module in the working directory is found, too, as python -m does
-    try:
-        function = pydoc.locate(spec)
-    except (pydoc.ErrorDuringImport, SystemExit) as error:  # what the module's own lines raise
-        raise UserError(f"{spec} cannot be imported: {first_line(error)}") from None
-    finally:
-        sys.path.remove("")
-    if not callable(function):
-        raise UserError(f"{spec}: no such function; {remedy}")
-    return function
 
 
 def load_judge(spec, device):

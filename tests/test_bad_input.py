@@ -102,6 +102,7 @@ MISTAKES = [
     ("warp", "--device cuda:99", "--device cuda:99 is not available on this machine; try --device cpu"),
     ("rm", "--device banana", "--device banana is not available on this machine"),
     ("reinforce", "--lora-target-modules c_fc", "goes with LoRA only; set --lora-r"),
+    ("rm", "--lora-alpha 16 --lora-dropout 0.2", "--lora-alpha goes with LoRA only; set --lora-r"),
     ("reinforce", "--lora-r 2 --lora-target-modules q_proj", "named q_proj; there are c_attn, c_fc, c_proj"),
     # the configuration file
     ("rm", "--config typo.yaml", "typo.yaml: unrecognized arguments: --batchsize=8; did you mean --batch-size?"),

@@ -322,7 +322,7 @@ def test_a_function_is_a_judge(tmp_path, monkeypatch):
     ("return [1.0, 1e39]", "must return 2 finite numbers"),  # finite in Python, infinite in float32
     ("return (1.0 for _ in range(3))", "must return 2 finite numbers, not 3"),
     ("return dict.fromkeys([1.0, 2.0])", "must return 2 finite numbers, not 2: {1.0"),
-    ("return None", "raised TypeError: 'NoneType' object is not iterable (it is called with "),
+    ("return None", "raised TypeError: 'NoneType' object is not iterable (it is called with prompts, comp"),
     ("return [1 / 0]", "raised ZeroDivisionError: division by zero ("),
 ])  # fmt: skip
 def test_what_a_reward_function_may_not_do(tmp_path, monkeypatch, body, fragment):

@@ -1,6 +1,7 @@
 """A mistake of the user is one line and exit code 2. A defect of ours keeps its traceback."""
 
 import functools
+import pydoc
 import sys
 
 FULL_OR_FORBIDDEN = "No space left|Disk quota|Read-only|Permission denied|File too large|Input/output error"
@@ -21,6 +22,20 @@ class Stopped(UserError):
 def first_line(error):
     """The first line of an exception's message; its type where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def import_function(spec, remedy):
+    """The function package.module.function; UserError where there is none."""
+    sys.path.insert(0, "")  # a module in the working directory is found, too, as python -m does
+    try:
+        function = pydoc.locate(spec)
+    except (pydoc.ErrorDuringImport, SystemExit) as error:  # what the module's own lines raise
+        raise UserError(f"{spec} cannot be imported: {first_line(error)}") from None
+    finally:
+        sys.path.remove("")
+    if not callable(function):
+        raise UserError(f"{spec}: no such function; {remedy}")
+    return function
 
 
 def explain(error):

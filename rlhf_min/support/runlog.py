@@ -129,7 +129,6 @@ class RunLog:
         self._start = self._last_step = time.perf_counter()
         self._saved = None  # the state of the loop that was interrupted, until a loop begins
         self._bar = self._lines = None
-        self._said = False
         self._report, self._written = None, 0
 
     @contextlib.contextmanager
@@ -231,9 +230,6 @@ class RunLog:
 
     def step(self, **metrics):
         """Write a line of metrics.jsonl; the names in SHOWN go behind the progress bar, too."""
-        if metrics.get("reward_std") == 0 and not self._said:
-            self._said = True
-            print("all rewards of a step are equal; if they stay so, there is nothing to learn", file=sys.stderr)
         now = time.perf_counter()
         metrics["step_seconds"], self._last_step = round(now - self._last_step, 4), now
         if self._lines:

@@ -104,11 +104,11 @@ def compare(judges, options, device):
         prompts, row = draw_prompts(options.policies, tokenizer, options), {"policy": name}
         if options.match_kl:
             row["eta"] = evaluation.match_kl(policy, tokenizer, prompts, options, reference, options.match_kl)
-        for trained in filter(None, [run_options(name)]):
-            for flag in ("temperature", "max_length"):
-                if getattr(trained, flag) != getattr(options, flag):
-                    was = f"was trained with {flag_of(flag)} {getattr(trained, flag)}"
-                    print(f"{name} {was}, and is judged with {getattr(options, flag)}", file=sys.stderr)
+        trained = run_options(name)
+        for flag in ("temperature", "max_length") if trained else ():
+            if getattr(trained, flag) != getattr(options, flag):
+                was = f"was trained with {flag_of(flag)} {getattr(trained, flag)}"
+                print(f"{name} {was}, and is judged with {getattr(options, flag)}", file=sys.stderr)
         columns = evaluation.judge_policy(policy, tokenizer, prompts, judges, options, reference if same else None)
         first = first or columns
         if columns["prompt"] != first["prompt"]:

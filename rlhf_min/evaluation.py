@@ -47,9 +47,7 @@ class TaskOptions(SamplingOptions, LoRAOptions):
     eval_prompts: str = option("", "prompts of the evaluation (default: some of --prompts are held out)")
     num_eval_prompts: int = option(256, "how many prompts to evaluate on", low=2)
     eval_every: int = option(0, "steps between evaluations while training, with three answers; 0 has none", low=0)
-    gradient_accumulation_steps: int = option(
-        1, "passes per step, of --batch-size answers; each is computed twice", low=1
-    )
+    gradient_accumulation_steps: int = option(1, "passes per optimizer step, of --batch-size answers each", low=1)
     gradient_checkpointing: bool = option(False, "compute activations twice instead of keeping them: less memory")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 never clips", low=0)
 

@@ -41,9 +41,9 @@ class LoRAOptions(TrainingOptions):
 
     def check(self):
         super().check()
-        for name, default in {"lora_alpha": 32.0, "lora_target_modules": [], "lora_dropout": 0.0}.items():
-            if not self.lora_r and getattr(self, name, default) != default:
-                raise UserError(f"{flag_of(name)} goes with LoRA only; set --lora-r, or leave it out")
+        given = [name for name, value in vars(type(self)()).items() if getattr(self, name) != value]
+        if not self.lora_r and (without := [name for name in given if name.startswith("lora_")]):
+            raise UserError(f"{flag_of(without[0])} goes with LoRA only; set --lora-r, or leave it out")
 
 
 class LoRALayer(nn.Module):
